@@ -1,0 +1,135 @@
+package snapshot
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/tinevm/tine/internal/errdef"
+)
+
+func goodManifest(t testing.TB) ([]byte, Manifest) {
+	t.Helper()
+	m := testManifest()
+	m.Version = Version
+	m.Memory, m.Device = File{digestOf([]byte("m")), 1}, File{digestOf([]byte("d")), 2}
+	data, _, err := m.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data, m
+}
+
+// The bytes of a manifest are its identity: they must not change by accident.
+func TestManifestVector(t *testing.T) {
+	t.Parallel()
+	data, m := goodManifest(t)
+	const want = `{
+  "version": 1,
+  "engine": "fake",
+  "engine_version": "1",
+  "machine": {
+    "memory_mib": 1,
+    "vcpus": 1
+  },
+  "image": "sha256:6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d",
+  "memory": {
+    "digest": "sha256:62c66a7a5dd70c3146618063c344e531e6d4b59e379808443ce962b3abd63c5a",
+    "size": 1
+  },
+  "device": {
+    "digest": "sha256:18ac3e7343f016890c510e93f935261169d9e3f565436429830faf0934f4f8e4",
+    "size": 2
+  },
+  "warmup": [
+    "python3",
+    "-c",
+    "import json"
+  ],
+  "languages": [
+    "python"
+  ]
+}
+`
+	if diff := cmp.Diff(want, string(data)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	got, err := decodeManifest(data)
+	if diff := cmp.Diff(m, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+}
+
+func TestDecodeManifestRefuses(t *testing.T) {
+	t.Parallel()
+	data, _ := goodManifest(t)
+	good := string(data)
+	tests := map[string]struct {
+		text string
+		want error
+	}{
+		"empty":         {"", errdef.ErrInvalid},
+		"not-json":      {"tine", errdef.ErrInvalid},
+		"null":          {"null", errdef.ErrUnsupported},
+		"version-0":     {strings.Replace(good, `"version": 1`, `"version": 0`, 1), errdef.ErrUnsupported},
+		"version-2":     {strings.Replace(good, `"version": 1`, `"version": 2`, 1), errdef.ErrUnsupported},
+		"unknown-field": {strings.Replace(good, `"engine"`, `"motor": 1, "engine"`, 1), errdef.ErrInvalid},
+		"other-spacing": {strings.Replace(good, "  ", "", 1), errdef.ErrInvalid},
+		"trailing":      {good + "{}", errdef.ErrInvalid},
+		"bad-digest":    {strings.Replace(good, "sha256:6105", "sha256:61O5", 1), errdef.ErrInvalid},
+		"negative-size": {strings.Replace(good, `"size": 1`, `"size": -1`, 1), errdef.ErrInvalid},
+		"too-long":      {strings.Repeat(" ", maxJSON) + good, errdef.ErrInvalid},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if m, err := decodeManifest([]byte(tt.text)); !errors.Is(err, tt.want) {
+				t.Errorf("got %+v, %v; want %v", m, err, tt.want)
+			}
+		})
+	}
+}
+
+func FuzzDecodeManifest(f *testing.F) {
+	data, _ := goodManifest(f)
+	f.Add(data)
+	f.Add([]byte(`{"version":1}`))
+	f.Add([]byte("null"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := decodeManifest(data)
+		if err != nil {
+			return
+		}
+		again, digest, err := m.encode()
+		if err != nil || !bytes.Equal(data, again) || digest != digestOf(data) {
+			t.Errorf("%q became %q, %v", data, again, err)
+		}
+	})
+}
+
+func FuzzDecodeTag(f *testing.F) {
+	good := tagFile{Version: Version, Digest: digestOf(nil), Facts: Facts{CreatedAt: time.Unix(1, 0).UTC(), BootMS: 3, Warning: "w"}}
+	data, err := good.encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
+	f.Add([]byte(`{"version":1,"digest":"sha256:"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		tag, err := decodeTag(data)
+		if err != nil {
+			return
+		}
+		again, err := tag.encode()
+		if errors.Is(err, errdef.ErrInvalid) {
+			return // escapes can make it longer than is allowed
+		}
+		if back, backErr := decodeTag(again); err != nil || backErr != nil || !cmp.Equal(tag, back) {
+			t.Errorf("%q became %q: %v, %v", data, again, err, backErr)
+		}
+	})
+}
