@@ -1,0 +1,209 @@
+package qemu
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/undo"
+	"github.com/tinevm/tine/internal/vmm"
+)
+
+// Names in a machine's directory.
+const (
+	controlSocket = "qmp.sock"
+	agentSocket   = "agent.sock"
+	logFile       = "vmm.log"
+)
+
+// pmemAlign is what virtio-pmem wants the size of its image to be a multiple of.
+const pmemAlign = 2 << 20
+
+// launcher gathers a command line and the descriptors that go with it.
+type launcher struct {
+	engine *Engine
+	spec   vmm.Common
+	args   []string
+	files  []*os.File // handed down from descriptor 3 on
+	opened []*os.File // those of files that are ours to close
+}
+
+func newLauncher(e *Engine, spec vmm.Common) *launcher {
+	return &launcher{engine: e, spec: spec}
+}
+
+// give hands f down and returns the descriptor it will have in the child.
+func (l *launcher) give(f *os.File) int {
+	l.files = append(l.files, f)
+	return len(l.files) + 2 // 0, 1 and 2 are the standard streams
+}
+
+// memory makes guest RAM of the file at path: written through when shared,
+// copied on write when not; of anonymous memory when path is empty.
+func (l *launcher) memory(path string, shared bool) {
+	size := strconv.Itoa(l.spec.Machine.MemoryMiB) + "M"
+	if path == "" {
+		l.args = append(l.args, "-object", "memory-backend-ram,id=ram,size="+size)
+		return
+	}
+	l.args = append(l.args, "-object",
+		fmt.Sprintf("memory-backend-file,id=ram,size=%s,mem-path=%s,share=%s", size, path, onOff(shared)))
+}
+
+// incoming hands down the file of device state that load will name.
+func (l *launcher) incoming(device string) (fd int, err error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return 0, err
+	}
+	l.opened = append(l.opened, f)
+	// QEMU takes over the frozen machine's run state too, so only "cont" makes
+	// it run; -S says so.
+	l.args = append(l.args, "-S", "-incoming", "defer")
+	return l.give(f), nil
+}
+
+// launch starts QEMU and returns at once: the sockets exist already.
+func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	defer l.closeOpened()
+
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	if err := l.machine(); err != nil {
+		return nil, err
+	}
+	for _, lease := range l.spec.Leases {
+		l.give(lease)
+	}
+	out, err := os.OpenFile(filepath.Join(l.spec.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	l.opened = append(l.opened, out)
+
+	// Not CommandContext: ctx bounds this call, not the machine's life.
+	cmd := exec.Command(l.engine.binary, l.args...) //nolint:noctx // the machine outlives the call
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.ExtraFiles = l.files
+	cmd.Env = []string{"PATH=" + os.DevNull, "LC_ALL=C"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if l.spec.DieWithParent {
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	u.Add(func() error { _ = cmd.Process.Kill(); _ = cmd.Wait(); return nil })
+	h, err := l.handle(cmd.Process.Pid)
+	if err != nil {
+		return nil, err
+	}
+	return newVM(h, &child{cmd: cmd}, l.engine.log), nil
+}
+
+func (l *launcher) handle(pid int) (vmm.Handle, error) {
+	start, err := linux.StartTime(pid)
+	if err != nil {
+		return vmm.Handle{}, err
+	}
+	boot, err := linux.BootID()
+	if err != nil {
+		return vmm.Handle{}, err
+	}
+	return vmm.Handle{Engine: l.engine.Name(), PID: pid, StartTime: start, BootID: boot, Dir: l.spec.Dir}, nil
+}
+
+// machine adds what every machine has. The same list must stand in front of a
+// freeze and of its restores, as it determines the layout of device state.
+func (l *launcher) machine() error {
+	root, err := os.Stat(l.spec.Root)
+	if err != nil {
+		return err
+	}
+	if root.Size() == 0 || root.Size()%pmemAlign != 0 {
+		return fmt.Errorf("root image %s: size %d is not a multiple of %d", l.spec.Root, root.Size(), pmemAlign)
+	}
+	control, err := l.listen(controlSocket)
+	if err != nil {
+		return err
+	}
+	agent, err := l.listen(agentSocket)
+	if err != nil {
+		return err
+	}
+	ram := l.spec.Machine.MemoryMiB
+	room := root.Size()>>20 + 1024 // address space for the root image, and its alignment to 1 GiB
+	l.args = append(l.args,
+		"-name", "tine-"+l.spec.ID,
+		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+		"-M", "pc,hpet=off,vmport=off,usb=off,smm=off,graphics=off,i8042=off,memory-backend=ram")
+	l.args = append(l.args, l.engine.cpu()...)
+	l.args = append(l.args,
+		"-smp", strconv.Itoa(l.spec.Machine.VCPUs),
+		"-m", fmt.Sprintf("%dM,slots=1,maxmem=%dM", ram, int64(ram)+room),
+		"-object", fmt.Sprintf("memory-backend-file,id=root,size=%d,mem-path=%s,share=on,readonly=on", root.Size(), l.spec.Root),
+		// A console in a ring keeps the end of what the kernel said, and no
+		// guest can fill a disk with it.
+		"-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console",
+		// virtio-pmem and not nvdimm: only it gives the guest's block device
+		// page structures, and with them DAX, so that files are read in place
+		// from the host's page cache and take no guest memory.
+		"-device", "virtio-pmem-pci,memdev=root",
+		"-device", "virtio-serial-pci",
+		"-chardev", fmt.Sprintf("socket,id=agent,fd=%d,server=on,wait=off", agent),
+		"-device", "virtserialport,chardev=agent,name=tine.agent",
+		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", control),
+		"-mon", "chardev=qmp,mode=control",
+	)
+	return nil
+}
+
+// listen makes a listening socket in the machine's directory and gives it.
+func (l *launcher) listen(name string) (fd int, err error) {
+	path := filepath.Join(l.spec.Dir, name)
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = ln.Close() }()
+	ln.SetUnlinkOnClose(false)
+	f, err := ln.File()
+	if err != nil {
+		return 0, err
+	}
+	l.opened = append(l.opened, f)
+	return l.give(f), nil
+}
+
+func (l *launcher) closeOpened() {
+	for _, f := range l.opened {
+		_ = f.Close() // the child has its own copy
+	}
+	l.opened = nil
+}
+
+func (e *Engine) cpu() []string {
+	if e.accel == KVM {
+		return []string{"-accel", "kvm", "-cpu", "host"}
+	}
+	// 64 MiB hold the translations of any guest that Tine runs; QEMU would
+	// reserve up to a gigabyte.
+	return []string{"-accel", "tcg,tb-size=64", "-cpu", "max"}
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}

@@ -1,0 +1,310 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/vmm"
+)
+
+// process is what a machine needs of its QEMU, whoever started it.
+type process interface {
+	// wait returns when the process has ended; only one goroutine calls it.
+	wait() error
+	kill() error
+	release() error
+}
+
+// child is a QEMU that this process started.
+type child struct{ cmd *exec.Cmd }
+
+func (c *child) wait() error    { return c.cmd.Wait() }
+func (c *child) kill() error    { return c.cmd.Process.Kill() }
+func (c *child) release() error { return nil } // its waiter reaps it whenever it ends
+
+// adopted is a QEMU that an earlier process started.
+type adopted struct{ p *linux.Process }
+
+func (a *adopted) wait() error    { return a.p.Wait(context.Background()) } //nolint:usetesting,contextcheck // ends with the process
+func (a *adopted) kill() error    { return a.p.Signal(unix.SIGKILL) }
+func (a *adopted) release() error { return nil }
+
+// machine is one running QEMU.
+type machine struct {
+	handle  vmm.Handle
+	process process
+	log     *slog.Logger
+	done    chan struct{}
+	err     error // set before done is closed
+
+	mu      sync.Mutex
+	control *monitor // dialled on first use
+	killed  bool
+}
+
+func newVM(h vmm.Handle, p process, log *slog.Logger) *machine {
+	m := &machine{handle: h, process: p, log: log, done: make(chan struct{})}
+	go m.watch()
+	return m
+}
+
+// watch waits for QEMU's end; it lives exactly as long as QEMU does.
+func (m *machine) watch() {
+	err := m.process.wait()
+	m.mu.Lock()
+	if m.control != nil {
+		_ = m.control.close()
+	}
+	if err != nil && !m.killed {
+		m.err = m.explain(err)
+	}
+	m.mu.Unlock()
+	close(m.done)
+}
+
+// explain adds the last line that QEMU wrote to the way it ended.
+func (m *machine) explain(err error) error {
+	err = fmt.Errorf("%w: QEMU ended: %w", errdef.ErrUnavailable, err)
+	f, openErr := os.Open(filepath.Join(m.handle.Dir, logFile))
+	if openErr != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }()
+	text, _ := io.ReadAll(io.LimitReader(f, 64<<10))
+	lines := strings.Split(string(bytes.TrimSpace(text)), "\n")
+	if last := lines[len(lines)-1]; last != "" {
+		err = fmt.Errorf("%w: %s", err, last)
+	}
+	return err
+}
+
+// PID is QEMU's process.
+func (m *machine) PID() int { return m.handle.PID }
+
+// Handle is what Adopt needs.
+func (m *machine) Handle() vmm.Handle { return m.handle }
+
+// Done is closed when QEMU has ended.
+func (m *machine) Done() <-chan struct{} { return m.done }
+
+// Err says why QEMU ended, once Done is closed.
+func (m *machine) Err() error {
+	select {
+	case <-m.done:
+		return m.err
+	default:
+		return nil
+	}
+}
+
+// Dial connects to the agent's port. QEMU serves one connection at a time and
+// lets the next one wait.
+func (m *machine) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", filepath.Join(m.handle.Dir, agentSocket))
+	if err != nil {
+		return nil, fmt.Errorf("%w: dial agent: %w", errdef.ErrUnavailable, err)
+	}
+	return conn, nil
+}
+
+// Pause stops the vCPUs.
+func (m *machine) Pause(ctx context.Context) error {
+	return m.run(ctx, "pause", command{Execute: "stop"})
+}
+
+// Resume lets the vCPUs run.
+func (m *machine) Resume(ctx context.Context) error {
+	return m.run(ctx, "resume", command{Execute: "cont"})
+}
+
+// Freeze pauses the machine and writes its device state.
+func (m *machine) Freeze(ctx context.Context, device string) (err error) {
+	if err := m.Pause(ctx); err != nil {
+		return err
+	}
+	defer func() {
+		if err == nil {
+			return
+		}
+		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		err = errors.Join(err, m.Resume(late), removeIfExists(device))
+	}()
+	f, err := os.OpenFile(device, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	if err := control.sendFile(ctx, "device", f); err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	start := command{Execute: "migrate", Arguments: map[string]any{"uri": "fd:device"}}
+	if err := control.executeAll(ctx, ignoreShared, start); err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	return m.waitMigration(ctx, control, "freeze")
+}
+
+// ignoreShared leaves memory that lives in a shared file out of device state.
+var ignoreShared = command{Execute: "migrate-set-capabilities", Arguments: map[string]any{
+	"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}},
+}}
+
+// load makes a QEMU that waits for its device state read it from descriptor
+// fd, and lets it run.
+func (m *machine) load(ctx context.Context, fd int, run bool) error {
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	start := command{Execute: "migrate-incoming", Arguments: map[string]any{"uri": fmt.Sprintf("fd:%d", fd)}}
+	if err := control.executeAll(ctx, ignoreShared, start); err != nil {
+		return m.ended(fmt.Errorf("load device state: %w", err))
+	}
+	if err := m.waitMigration(ctx, control, "load device state"); err != nil || !run {
+		return err
+	}
+	return m.Resume(ctx)
+}
+
+// waitMigration asks until QEMU's migration, either way, has ended. QEMU has
+// events for it, but the whole takes about 6 ms, and asking takes 0.1 ms.
+func (m *machine) waitMigration(ctx context.Context, control *monitor, what string) error {
+	tick := time.NewTicker(200 * time.Microsecond)
+	defer tick.Stop()
+	for {
+		var state struct {
+			Status string `json:"status"`
+			Desc   string `json:"error-desc"`
+		}
+		if err := control.query(ctx, "query-migrate", &state); err != nil {
+			return m.ended(fmt.Errorf("%s: %w", what, err))
+		}
+		switch state.Status {
+		case "completed":
+			return nil
+		case "failed", "cancelled":
+			return fmt.Errorf("%s: QEMU: migration %s %s", what, state.Status, state.Desc)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", what, context.Cause(ctx))
+		}
+	}
+}
+
+// Console returns the last 64 KiB that the guest wrote to its serial console.
+func (m *machine) Console(ctx context.Context) (string, error) {
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return "", err
+	}
+	var text string
+	read := command{Execute: "ringbuf-read", Arguments: map[string]any{"device": "console", "size": 65536}}
+	raw, err := control.execute(ctx, read)
+	if err != nil {
+		return "", fmt.Errorf("read console: %w", err)
+	}
+	return text, decode(raw, &text)
+}
+
+// Kill ends QEMU and waits for its end.
+func (m *machine) Kill(ctx context.Context) error {
+	m.mu.Lock()
+	m.killed = true
+	m.mu.Unlock()
+	select {
+	case <-m.done:
+		return nil
+	default:
+	}
+	err := m.process.kill()
+	if err != nil && !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, errdef.ErrNotFound) {
+		return fmt.Errorf("kill machine in %s: %w", m.handle.Dir, err)
+	}
+	select {
+	case <-m.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("kill machine in %s: %w", m.handle.Dir, context.Cause(ctx))
+	}
+}
+
+// Detach closes the control connection and leaves QEMU running.
+func (m *machine) Detach() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.control == nil {
+		return nil
+	}
+	err := m.control.close()
+	m.control = nil
+	return errors.Join(err, m.process.release())
+}
+
+func (m *machine) run(ctx context.Context, verb string, c command) error {
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	if _, err := control.execute(ctx, c); err != nil {
+		return m.ended(fmt.Errorf("%s: %w", verb, err))
+	}
+	return nil
+}
+
+// ended prefers the reason why QEMU is gone to the broken connection it left.
+func (m *machine) ended(err error) error {
+	select {
+	case <-m.done:
+		if m.err != nil {
+			return m.err
+		}
+		return fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
+	default:
+		return err
+	}
+}
+
+// monitor returns the control connection, made on first use.
+func (m *machine) monitor(ctx context.Context) (*monitor, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.control != nil && !m.control.broken() {
+		return m.control, nil
+	}
+	control, err := dialMonitor(ctx, filepath.Join(m.handle.Dir, controlSocket))
+	if err != nil {
+		return nil, m.ended(fmt.Errorf("%w: dial QEMU: %w", errdef.ErrUnavailable, err))
+	}
+	m.control = control
+	return control, nil
+}
+
+func removeIfExists(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}

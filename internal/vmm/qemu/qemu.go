@@ -1,0 +1,198 @@
+// Package qemu runs machines in QEMU: with KVM where the host has it, else in
+// QEMU's own emulator (TCG).
+//
+// Freezing costs no copy of memory: guest RAM is a shared file while the
+// template runs, and migration with x-ignore-shared writes only device state.
+// A fork maps that file privately, so that the kernel copies pages on write,
+// and loads the device state through a descriptor that it inherits.
+//
+// Everything a machine needs later (control socket, agent socket) is a
+// listening socket in its directory that this package creates and hands over
+// as a descriptor, so that connecting never has to be retried, and a later
+// process can adopt the machine.
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/vmm"
+)
+
+// Accel is how QEMU runs guest code.
+type Accel string
+
+// The accelerators.
+const (
+	TCG Accel = "tcg" // software emulation: works everywhere
+	KVM Accel = "kvm" // hardware virtualisation
+)
+
+// Config says which QEMU to use and how.
+type Config struct {
+	// Binary is QEMU's path or name in $PATH; empty means qemu-system-x86_64.
+	Binary string
+	// Accel is TCG unless it says KVM.
+	Accel Accel
+	// Logger may be nil.
+	Logger *slog.Logger
+}
+
+// Engine is QEMU with one accelerator. It is safe for concurrent use.
+type Engine struct {
+	binary  string
+	accel   Accel
+	version string
+	log     *slog.Logger
+}
+
+var _ vmm.Engine = (*Engine)(nil)
+
+// New finds QEMU and asks for its version. It returns errdef.ErrUnavailable,
+// with a hint, when there is none.
+func New(ctx context.Context, cfg Config) (*Engine, error) {
+	name := cfg.Binary
+	if name == "" {
+		name = "qemu-system-x86_64"
+	}
+	binary, err := exec.LookPath(name)
+	if err != nil {
+		err = fmt.Errorf("%w: find QEMU: %w", errdef.ErrUnavailable, err)
+		return nil, errdef.WithHint(err, "apt-get install qemu-system-x86")
+	}
+	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	if err != nil {
+		return nil, fmt.Errorf("%w: ask %s for its version: %w", errdef.ErrUnavailable, binary, err)
+	}
+	e := &Engine{binary: binary, accel: cfg.Accel, version: parseVersion(string(out)), log: cfg.Logger}
+	if e.accel == "" {
+		e.accel = TCG
+	}
+	if e.log == nil {
+		e.log = slog.New(slog.DiscardHandler)
+	}
+	return e, nil
+}
+
+// parseVersion takes "7.2.22 (Debian ...)" out of "QEMU emulator version
+// 7.2.22 (Debian ...)\nCopyright ...": a distribution's build is part of it,
+// as it may carry patches that change device state.
+func parseVersion(out string) string {
+	line, _, _ := strings.Cut(out, "\n")
+	return strings.TrimSpace(strings.TrimPrefix(line, "QEMU emulator version "))
+}
+
+// Name is "qemu-tcg" or "qemu-kvm".
+func (e *Engine) Name() string { return "qemu-" + string(e.accel) }
+
+// Version is QEMU's, with the distribution's build.
+func (e *Engine) Version() string { return e.version }
+
+// Caps says what QEMU can do with this accelerator.
+func (e *Engine) Caps() vmm.Caps {
+	return vmm.Caps{Hardware: e.accel == KVM, MaxVCPUs: 16}
+}
+
+// Start boots a machine.
+func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) {
+	if err := check(spec.Common); err != nil {
+		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+	}
+	l := newLauncher(e, spec.Common)
+	l.memory(spec.Memory, true)
+	l.args = append(l.args,
+		"-kernel", spec.Boot.Kernel, "-initrd", spec.Boot.Initrd,
+		"-append", strings.TrimSpace(e.cmdline()+" "+spec.Boot.Cmdline))
+	vm, err := l.launch(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+	}
+	return vm, nil
+}
+
+// Restore brings up a machine that shares a frozen one's memory.
+func (e *Engine) Restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, error) {
+	vm, err := e.restore(ctx, spec)
+	if err != nil {
+		return nil, fmt.Errorf("restore machine %s: %w", spec.ID, err)
+	}
+	return vm, nil
+}
+
+func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, error) {
+	if err := check(spec.Common); err != nil {
+		return nil, err
+	}
+	if spec.Memory == "" || spec.Device == "" {
+		return nil, fmt.Errorf("%w: memory image and device state are both needed", errdef.ErrInvalid)
+	}
+	l := newLauncher(e, spec.Common)
+	l.memory(spec.Memory, false)
+	device, err := l.incoming(spec.Device)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := l.launch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := vm.load(ctx, device, !spec.Paused); err != nil {
+		return nil, errors.Join(err, vm.Kill(context.WithoutCancel(ctx)))
+	}
+	return vm, nil
+}
+
+// Adopt takes over a machine whose process is still the one in h.
+func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
+	boot, err := linux.BootID()
+	if err != nil {
+		return nil, err
+	}
+	if h.Engine != e.Name() || h.BootID != boot {
+		return nil, fmt.Errorf("%w: machine in %s", errdef.ErrNotFound, h.Dir)
+	}
+	process, err := linux.OpenProcess(h.PID, h.StartTime)
+	if err != nil {
+		return nil, fmt.Errorf("adopt machine in %s: %w", h.Dir, err)
+	}
+	return newVM(h, &adopted{process}, e.log), nil
+}
+
+// cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
+// are what they are under emulation, so nothing is calibrated at boot; and
+// since an emulator does not speculate, it needs no mitigations.
+func (e *Engine) cmdline() string {
+	line := "console=ttyS0 quiet panic=-1 reboot=t random.trust_cpu=on no_timer_check 8250.nr_uarts=1 cryptomgr.notests tine.link=virtio-serial"
+	if e.accel == TCG {
+		line += " mitigations=off tsc=reliable"
+	}
+	return line
+}
+
+// maxSocketPath is the longest path a unix socket address holds: sun_path is
+// 108 bytes with its terminating zero (unix(7)).
+const maxSocketPath = 107
+
+func check(c vmm.Common) error {
+	switch {
+	case c.Machine.MemoryMiB < 64 || c.Machine.MemoryMiB > 1<<20:
+		return fmt.Errorf("%w: memory of %d MiB", errdef.ErrInvalid, c.Machine.MemoryMiB)
+	case c.Machine.VCPUs < 1 || c.Machine.VCPUs > 16:
+		return fmt.Errorf("%w: %d vCPUs", errdef.ErrInvalid, c.Machine.VCPUs)
+	case len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
+		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
+	}
+	for _, path := range []string{c.Dir, c.Root} {
+		if strings.ContainsAny(path, ",\n") {
+			return fmt.Errorf("%w: path %q holds a character that QEMU's options cannot", errdef.ErrInvalid, path)
+		}
+	}
+	return nil
+}

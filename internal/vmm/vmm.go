@@ -1,0 +1,160 @@
+// Package vmm says what a virtual machine monitor must do for Tine: boot a
+// machine, freeze it into a memory image and a device state, and bring up any
+// number of machines that share that image copy-on-write.
+//
+// It is the seam between Tine and the monitors (qemu, firecracker, fake). It
+// knows nothing of sandboxes, snapshots' names or the guest protocol: it hands
+// out a byte stream to the guest and leaves what is said on it to package guest.
+package vmm
+
+import (
+	"context"
+	"io"
+	"os"
+)
+
+// Engine starts virtual machines. Implementations are safe for concurrent use
+// and must pass vmmtest.Run.
+type Engine interface {
+	// Name is the engine's short, stable name: "qemu-tcg", "qemu-kvm", "fake".
+	Name() string
+
+	// Version is the monitor's version as it reports it. It is part of a
+	// snapshot: device state is only read by the version that wrote it.
+	Version() string
+
+	// Caps says what the engine can do.
+	Caps() Caps
+
+	// Start boots a machine. It returns when the monitor runs; the guest may
+	// still be booting. ctx bounds the call only. When it fails, nothing of
+	// the machine is left behind.
+	Start(ctx context.Context, spec StartSpec) (VM, error)
+
+	// Restore brings up a machine from a frozen one, already running. ctx
+	// bounds the call only. When it fails, nothing of the machine is left
+	// behind.
+	Restore(ctx context.Context, spec RestoreSpec) (VM, error)
+
+	// Adopt takes over a machine that an earlier process started, found by the
+	// Handle that VM.Handle gave. It returns errdef.ErrNotFound when that
+	// machine no longer runs.
+	Adopt(ctx context.Context, h Handle) (VM, error)
+}
+
+// Caps are an engine's abilities.
+type Caps struct {
+	// Hardware: guest code runs on the CPU, not in an emulator.
+	Hardware bool `json:"hardware"`
+	// Deterministic: the engine has a mode in which a fork is a pure function
+	// of its snapshot and its input.
+	Deterministic bool `json:"deterministic"`
+	// MaxVCPUs is the largest Machine.VCPUs.
+	MaxVCPUs int `json:"max_vcpus"`
+}
+
+// Machine is the shape of a machine: what a guest can see of it. It is part of
+// a snapshot, and a machine restored from one must have the same shape.
+type Machine struct {
+	MemoryMiB int `json:"memory_mib"`
+	VCPUs     int `json:"vcpus"`
+}
+
+// Boot names the files a machine starts from. All are read only.
+type Boot struct {
+	Kernel  string // uncompressed ELF kernel
+	Initrd  string // cpio archive
+	Cmdline string // appended to what the engine needs
+}
+
+// Common is what Start and Restore both need.
+type Common struct {
+	// ID names the machine in process lists and logs.
+	ID string
+	// Dir is an empty directory of the machine's own, for sockets and logs. It
+	// belongs to the caller, who removes it after the machine is gone. Its
+	// path must be short: sockets in it have a limit of 107 bytes.
+	Dir string
+	// Machine is the machine's shape.
+	Machine Machine
+	// Root is the read-only root image, shared by all machines that use it.
+	Root string
+	// Leases are files that the monitor keeps open until it dies, so that a
+	// lock on one lasts exactly as long as the machine. The caller keeps its
+	// own copies, and closes them when it likes.
+	Leases []*os.File
+	// DieWithParent: the machine must not outlive this process.
+	DieWithParent bool
+}
+
+// StartSpec is a machine to boot.
+type StartSpec struct {
+	Common
+	Boot Boot
+	// Memory is the path of the file that becomes the guest's RAM, shared: the
+	// engine creates it with the machine's size, and after Freeze it holds the
+	// guest's memory. It must not exist. Empty: RAM is private and anonymous,
+	// and the machine cannot be frozen.
+	Memory string
+}
+
+// RestoreSpec is a machine to bring up from a frozen one.
+type RestoreSpec struct {
+	Common
+	// Memory is the image that Freeze left. It is mapped privately: the file
+	// never changes.
+	Memory string
+	// Device is the file of device state that Freeze wrote.
+	Device string
+	// Paused leaves the machine paused: call Resume to run it.
+	Paused bool
+}
+
+// VM is one running machine. Its methods are safe for concurrent use.
+type VM interface {
+	// Dial opens the byte stream to the guest's agent. There is at most one at
+	// a time: a second Dial waits for, or fails because of, the first. Closing
+	// the stream does not disturb the guest. Bytes of an earlier stream may
+	// still arrive on a new one; package guest deals with that.
+	Dial(ctx context.Context) (io.ReadWriteCloser, error)
+
+	// Freeze pauses the machine and writes its device state to the file
+	// device, which must not exist. The machine stays paused; its memory is in
+	// StartSpec.Memory. On error the machine is resumed.
+	Freeze(ctx context.Context, device string) error
+
+	// Pause stops the virtual CPUs; Resume lets them run. Both are idempotent.
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+
+	// PID is the monitor's process, or 0 where there is none.
+	PID() int
+
+	// Handle is what Adopt needs, to be kept on disk.
+	Handle() Handle
+
+	// Done is closed when the machine is gone; Err then says why, nil meaning
+	// that Kill or the guest's own power-off ended it.
+	Done() <-chan struct{}
+	Err() error
+
+	// Kill ends the machine at once and waits until it is gone. It is
+	// idempotent, and nil when the machine was gone already.
+	Kill(ctx context.Context) error
+
+	// Detach lets go of the machine without ending it, as when a daemon stops
+	// and its machines go on. The VM is unusable afterwards.
+	Detach() error
+}
+
+// Handle identifies a running machine across restarts of the daemon.
+type Handle struct {
+	Engine string `json:"engine"`
+	PID    int    `json:"pid"`
+	// StartTime is the process's start in clock ticks since boot (field 22 of
+	// /proc/PID/stat): with PID it names one process for ever.
+	StartTime uint64 `json:"start_time"`
+	// BootID is the host's boot id: ticks of another boot mean nothing.
+	BootID string `json:"boot_id"`
+	Dir    string `json:"dir"`
+}
