@@ -197,8 +197,9 @@ func (e *Engine) cpu() []string {
 		return []string{"-accel", "kvm", "-cpu", "host"}
 	}
 	// 64 MiB hold the translations of any guest that Tine runs; QEMU would
-	// reserve up to a gigabyte.
-	return []string{"-accel", "tcg,tb-size=64", "-cpu", "max"}
+	// reserve up to a gigabyte. Five-level page tables only make emulated page
+	// walks longer.
+	return []string{"-accel", "tcg,tb-size=64", "-cpu", "max,la57=off"}
 }
 
 func onOff(b bool) string {
