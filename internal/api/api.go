@@ -1,0 +1,104 @@
+// Package api serves Tine's native interface, the one that api/openapi.yaml
+// describes: it turns requests into calls of the domain, and what comes back
+// into answers.
+//
+// Every failure, whoever finds it, is answered in JSON by one table from
+// errdef's categories to statuses. It keeps no state, and knows no engine.
+package api
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+
+	"github.com/tinevm/tine/internal/guest"
+	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/wire"
+)
+
+const (
+	// maxBody bounds a JSON body.
+	maxBody = 2 << 20
+	// defaultMaxOutput bounds what a buffered command may write.
+	defaultMaxOutput = 16 << 20
+	// defaultMaxFile bounds a file that is written.
+	defaultMaxFile = 4 << 30
+)
+
+// Config is what the interface serves.
+type Config struct {
+	Sandboxes Sandboxes
+	Snapshots Snapshots
+	Images    Images
+	// Doctor examines the host; nil means that there is nothing to say.
+	Doctor func(context.Context) []wire.DoctorCheck
+	// Version is the daemon's.
+	Version string
+	// Logger gets internal errors, and at debug level every request; nil
+	// discards them.
+	Logger *slog.Logger
+	// MaxOutput and MaxFile bound the output of a buffered command and a file
+	// that is written; zero means 16 MiB and 4 GiB.
+	MaxOutput, MaxFile int64
+}
+
+// Sandboxes is what the interface asks of a sandbox.Manager.
+type Sandboxes interface {
+	Fork(ctx context.Context, req sandbox.ForkRequest) ([]sandbox.ForkResult, error)
+	Get(id string) (sandbox.Info, error)
+	List() []sandbox.Info
+	Kill(ctx context.Context, id string) error
+	With(ctx context.Context, id string, f func(context.Context, *guest.Client) error) error
+	CreateSnapshot(ctx context.Context, req sandbox.SnapshotRequest) (snapshot.Snapshot, error)
+	SetPool(ctx context.Context, ref string, n int) error
+	Pool(ref string) (ready, want int)
+	Memory(id string) (private, shared int64, err error)
+}
+
+// Snapshots is what the interface asks of a snapshot.Store.
+type Snapshots interface {
+	List() ([]snapshot.Snapshot, error)
+	Resolve(ref string) (snapshot.Snapshot, error)
+	Remove(ctx context.Context, tag string) error
+	GC(ctx context.Context, dryRun bool) (snapshot.Freed, error)
+	Check(ctx context.Context) ([]snapshot.Problem, error)
+}
+
+// Images is what the interface asks of an image.Store.
+type Images interface {
+	Build(ctx context.Context, req image.BuildRequest) (img image.Image, hit bool, err error)
+	Get(ref string) (image.Image, error)
+	List() ([]image.Image, error)
+	Remove(name string) error
+}
+
+type server struct {
+	Config
+	logger    *slog.Logger
+	maxOutput int64
+	maxFile   int64
+}
+
+// New returns the handler that serves cfg.
+func New(cfg Config) http.Handler {
+	s := &server{Config: cfg, logger: cfg.Logger, maxOutput: cfg.MaxOutput, maxFile: cfg.MaxFile}
+	if s.logger == nil {
+		s.logger = slog.New(slog.DiscardHandler)
+	}
+	if s.maxOutput == 0 {
+		s.maxOutput = defaultMaxOutput
+	}
+	if s.maxFile == 0 {
+		s.maxFile = defaultMaxFile
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", s.stream)
+	strict := wire.NewStrictHandlerWithOptions(s, []wire.StrictMiddlewareFunc{noteAccept}, wire.StrictHTTPServerOptions{
+		RequestErrorHandlerFunc:  s.failRequest,
+		ResponseErrorHandlerFunc: s.fail,
+	})
+	wire.HandlerWithOptions(strict, wire.StdHTTPServerOptions{BaseRouter: mux, ErrorHandlerFunc: s.failRequest})
+	return s.outermost(s.sameOrigin(s.route(mux)))
+}

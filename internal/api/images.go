@@ -1,0 +1,77 @@
+package api
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/wire"
+)
+
+// ListImages answers GET /v1/images.
+func (s *server) ListImages(context.Context, wire.ListImagesRequestObject) (wire.ListImagesResponseObject, error) {
+	images, err := s.Images.List()
+	if err != nil {
+		return nil, err
+	}
+	out := make(wire.ListImages200JSONResponse, 0, len(images))
+	for _, i := range images {
+		out = append(out, imageOf(i))
+	}
+	return out, nil
+}
+
+// BuildImage answers POST /v1/images.
+func (s *server) BuildImage(ctx context.Context, r wire.BuildImageRequestObject) (wire.BuildImageResponseObject, error) {
+	req := image.BuildRequest{
+		Name: r.Body.Name, Source: r.Body.Source, Warmup: r.Body.Warmup, Imports: r.Body.Imports, Refresh: r.Body.Refresh,
+	}
+	if err := req.Validate(); err != nil {
+		return nil, invalid(err)
+	}
+	build := func(ctx context.Context) (wire.Image, error) {
+		img, _, err := s.Images.Build(ctx, req)
+		return imageOf(img), err
+	}
+	if wantsLines(ctx) {
+		return lines{ctx, func(ctx context.Context) (any, error) { return build(ctx) }}, nil
+	}
+	img, err := build(ctx)
+	return wire.BuildImage201JSONResponse(img), err
+}
+
+// GetImage answers GET /v1/images/{name}.
+func (s *server) GetImage(_ context.Context, r wire.GetImageRequestObject) (wire.GetImageResponseObject, error) {
+	img, err := s.Images.Get(r.Name)
+	return wire.GetImage200JSONResponse(imageOf(img)), err
+}
+
+// DeleteImage answers DELETE /v1/images/{name}.
+func (s *server) DeleteImage(_ context.Context, r wire.DeleteImageRequestObject) (wire.DeleteImageResponseObject, error) {
+	return wire.DeleteImage204Response{}, s.Images.Remove(r.Name)
+}
+
+func imageOf(i image.Image) wire.Image {
+	return wire.Image{
+		Name: i.Name, Digest: i.Digest, Source: i.Manifest.Source, CreatedAtUnix: i.CreatedAt.Unix(), SizeBytes: i.SizeBytes(),
+		Kernel: i.Manifest.KernelVersion, Warmup: list(i.Manifest.Warmup), Imports: list(i.Manifest.Imports),
+	}
+}
+
+// list makes an absent list an empty one, which JSON tells apart.
+func list[T any](l []T) []T {
+	if l == nil {
+		return []T{}
+	}
+	return l
+}
+
+// invalid puts an error of a request's validation into that category, unless
+// it is in one.
+func invalid(err error) error {
+	if errdef.Code(err) != "internal" {
+		return err
+	}
+	return fmt.Errorf("%w: %w", errdef.ErrInvalid, err)
+}

@@ -1,0 +1,235 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tinevm/tine/client"
+	"github.com/tinevm/tine/internal/errdef"
+)
+
+func (a *app) snapshotCommand() *cobra.Command {
+	return noun("snapshot", "Create, list and remove snapshots",
+		a.snapshotCreate(), a.snapshotLs(), a.snapshotInfo(), a.snapshotRm(), a.snapshotCheck(), a.snapshotGC(), a.snapshotPool())
+}
+
+func (a *app) snapshotCreate() *cobra.Command {
+	var req client.CreateSnapshotRequest
+	cmd := &cobra.Command{
+		Use:   "create TAG",
+		Short: "Boot an image, warm it up and freeze it",
+		Example: `  tine snapshot create py --image py
+  tine snapshot create ml --image py --memory 1024 --import numpy,pandas --warmup 'python3 -c 0'`,
+		Args: cobra.ExactArgs(1),
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			req.Tag = args[0]
+			if req.Image == "" {
+				req.Image = req.Tag
+			}
+			return a.withClient(ctx, func(c *client.Client) error {
+				news := a.newNews()
+				snap, err := c.CreateSnapshot(ctx, req, news.report)
+				news.close()
+				if err != nil {
+					return err
+				}
+				return a.print(snap, snapshotTable(snap))
+			})
+		}),
+	}
+	f := cmd.Flags()
+	f.StringVar(&req.Image, "image", "", "image to boot, by name or digest (default TAG)")
+	f.IntVar(&req.MemoryMiB, "memory", 0, "the machine's memory in `MiB` (default the daemon's)")
+	f.IntVar(&req.VCPUs, "cpus", 0, "the machine's processors (default the daemon's)")
+	f.StringArrayVar(&req.Warmup, "warmup", nil, "shell `command` to run before freezing; may be repeated")
+	f.StringSliceVar(&req.Imports, "import", nil, "`modules` for the warm interpreter to load")
+	f.BoolVar(&req.Replace, "replace", false, "move the tag if it exists")
+	a.completeFlag(cmd, "image", a.completeImages)
+	return cmd
+}
+
+func snapshotTable(snaps ...client.Snapshot) table {
+	t := table{header: []string{"TAG", "DIGEST", "STATUS", "IMAGE", "MEMORY", "ON DISK", "POOL", "AGE"}}
+	for _, s := range snaps {
+		pool := "-"
+		if s.Pool != nil && s.Pool.Size > 0 {
+			pool = fmt.Sprintf("%d/%d", s.Pool.Ready, s.Pool.Size)
+		}
+		t.add(s.Tag, short(s.Digest), string(s.Status), s.Image, fmt.Sprintf("%d MiB", s.MemoryMiB),
+			mib(s.MemoryPhysicalBytes), pool, age(s.CreatedAtUnix))
+	}
+	return t
+}
+
+func (a *app) snapshotLs() *cobra.Command {
+	return &cobra.Command{
+		Use:     "ls",
+		Aliases: []string{"list"},
+		Short:   "List snapshots",
+		Args:    cobra.NoArgs,
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				snaps, err := c.Snapshots(ctx)
+				if err != nil {
+					return err
+				}
+				return a.print(snaps, snapshotTable(snaps...))
+			})
+		}),
+	}
+}
+
+func (a *app) snapshotInfo() *cobra.Command {
+	return &cobra.Command{
+		Use:               "info TAG",
+		Short:             "Describe a snapshot",
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completeSnapshots,
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				d, err := c.Snapshot(ctx, args[0])
+				if err != nil {
+					return err
+				}
+				return a.print(d, detailTable(d))
+			})
+		}),
+	}
+}
+
+func detailTable(d client.SnapshotDetail) table {
+	var t table
+	t.add("tag", d.Tag)
+	t.add("digest", d.Digest)
+	t.add("image", strings.TrimSpace(d.Image+" "+short(d.ImageDigest)))
+	t.add("engine", d.Engine+" "+d.EngineVersion)
+	t.add("machine", fmt.Sprintf("%d MiB, %d CPU", d.MemoryMiB, d.VCPUs))
+	t.add("memory", fmt.Sprintf("%s, %s on disk", mib(d.MemoryLogicalBytes), mib(d.MemoryPhysicalBytes)))
+	t.add("device state", mib(d.VmstateBytes))
+	t.add("warm-up", strings.Join(d.Warmup, "; "))
+	t.add("languages", strings.Join(d.Languages, " "))
+	t.add("pool", fmt.Sprintf("%d/%d", d.Pool.Ready, d.Pool.Size))
+	t.add("sandboxes", strings.Join(d.Sandboxes, " "))
+	t.add("age", age(d.CreatedAtUnix))
+	t.add("directory", d.Dir)
+	return t
+}
+
+func (a *app) snapshotRm() *cobra.Command {
+	var opts client.RemoveSnapshotOptions
+	cmd := &cobra.Command{
+		Use:               "rm TAG...",
+		Short:             "Remove snapshots",
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: a.completeSnapshots,
+		RunE: a.verb(func(ctx context.Context, tags []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				return a.removeAll(tags, func(tag string) error { return c.RemoveSnapshot(ctx, tag, opts) })
+			})
+		}),
+	}
+	cmd.Flags().BoolVar(&opts.Cascade, "cascade", false, "remove the snapshots made from it as well")
+	cmd.Flags().BoolVar(&opts.Force, "force", false, "remove it although others were made from it")
+	cmd.MarkFlagsMutuallyExclusive("cascade", "force")
+	return cmd
+}
+
+func (a *app) snapshotCheck() *cobra.Command {
+	return &cobra.Command{
+		Use:   "check",
+		Short: "Read every snapshot again and compare it with its digest",
+		Args:  cobra.NoArgs,
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				news := a.newNews()
+				report, err := c.CheckSnapshots(ctx, news.report)
+				news.close()
+				if err != nil {
+					return err
+				}
+				return a.printCheckReport(report)
+			})
+		}),
+	}
+}
+
+func (a *app) printCheckReport(report client.CheckReport) error {
+	var t table
+	for _, p := range report.Problems {
+		t.add(p.Snapshot, p.Problem)
+	}
+	if report.OK {
+		t.add(fmt.Sprintf("%d snapshots are as they were written", report.Checked))
+	}
+	if err := a.print(report, t); err != nil {
+		return err
+	}
+	if !report.OK {
+		return fmt.Errorf("%d problems in %d snapshots", len(report.Problems), report.Checked)
+	}
+	return nil
+}
+
+func (a *app) snapshotGC() *cobra.Command {
+	return &cobra.Command{
+		Use:   "gc",
+		Short: "Remove what no tag and no sandbox uses",
+		Args:  cobra.NoArgs,
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				report, err := c.CollectSnapshots(ctx)
+				if err != nil {
+					return err
+				}
+				var t table
+				for _, digest := range report.Removed {
+					t.add(digest)
+				}
+				if err := a.print(report, t); err != nil {
+					return err
+				}
+				if !a.flags.quiet && !a.flags.json {
+					a.notef("freed %s", mib(report.FreedBytes))
+				}
+				return nil
+			})
+		}),
+	}
+}
+
+func (a *app) snapshotPool() *cobra.Command {
+	return &cobra.Command{
+		Use:   "pool TAG [SIZE]",
+		Short: "Show or set how many warm forks are kept parked",
+		Example: `  tine snapshot pool py 5
+  tine snapshot pool py 0`,
+		Args:              cobra.RangeArgs(1, 2),
+		ValidArgsFunction: a.completeSnapshots,
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				pool, err := poolOf(ctx, c, args)
+				if err != nil {
+					return err
+				}
+				t := table{header: []string{"TAG", "READY", "SIZE"}}
+				t.add(args[0], strconv.Itoa(pool.Ready), strconv.Itoa(pool.Size))
+				return a.print(pool, t)
+			})
+		}),
+	}
+}
+
+func poolOf(ctx context.Context, c *client.Client, args []string) (client.Pool, error) {
+	if len(args) == 1 {
+		return c.Pool(ctx, args[0])
+	}
+	size, err := strconv.Atoi(args[1])
+	if err != nil {
+		return client.Pool{}, fmt.Errorf("%w: pool size %q is not a number", errdef.ErrInvalid, args[1])
+	}
+	return c.SetPool(ctx, args[0], size)
+}
