@@ -1,0 +1,158 @@
+// Package assemble gives the command line the parts that it is made of. It is
+// the one place that names concrete types, so that everything below it can be
+// put together otherwise, as tests do.
+package assemble
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/tinevm/tine/client"
+	"github.com/tinevm/tine/internal/bench"
+	"github.com/tinevm/tine/internal/cli"
+	"github.com/tinevm/tine/internal/daemon"
+	"github.com/tinevm/tine/internal/demo"
+
+	"github.com/tinevm/tine/internal/engines"
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/undo"
+	"github.com/tinevm/tine/internal/wire"
+)
+
+// Parts builds what the command line needs. They share only the version.
+type Parts struct{ Version string }
+
+// Deps returns the parts.
+func (p Parts) Deps() cli.Deps {
+	return cli.Deps{Serve: p.serve, Local: p.local, Demo: p.demo, Bench: p.bench, Doctor: p.doctor}
+}
+
+// closeTime bounds how long a daemon may take to let go of its sandboxes.
+const closeTime = 60 * time.Second
+
+// open opens a daemon on the host that o describes. The function it returns
+// ends it, also when ctx has ended.
+func (p Parts) open(ctx context.Context, o cli.HostOptions, ephemeral bool) (*daemon.Daemon, func() error, error) {
+	log := logger(o.Log)
+	engine, err := engines.Choose(ctx, engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: log})
+	if err != nil {
+		return nil, nil, err
+	}
+	agent, err := agentPath()
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := daemon.Open(ctx, daemon.Config{
+		StateDir: o.StateDir, Engine: engine, Agent: agent, Ephemeral: ephemeral, Version: p.Version, Logger: log,
+		Doctor: func(ctx context.Context) []wire.DoctorCheck { return examine(ctx, o) },
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	end := func() error {
+		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTime)
+		defer cancel()
+		return d.Close(late)
+	}
+	return d, end, nil
+}
+
+func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
+	d, end, err := p.open(ctx, o.HostOptions, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	socket := o.Socket
+	if socket == "" {
+		socket = filepath.Join(o.StateDir, "tine.sock")
+	}
+	var u undo.Stack
+	listeners, err := d.Listen(ctx, daemon.Addresses{Socket: socket, Listen: o.Listen})
+	if err != nil {
+		return err
+	}
+	addresses := make([]string, len(listeners))
+	for i, ln := range listeners {
+		u.Add(ln.Close)
+		addresses[i] = ln.Addr().Network() + "://" + ln.Addr().String()
+	}
+	for tag, n := range o.Pool {
+		if err := d.Sandboxes.SetPool(ctx, tag, n); err != nil {
+			return u.Run(fmt.Errorf("pool of %s: %w", tag, err))
+		}
+	}
+	u.Release()
+	if o.Ready != nil {
+		o.Ready(addresses)
+	}
+	return d.Serve(ctx, listeners...)
+}
+
+func (p Parts) local(ctx context.Context, o cli.HostOptions) (*client.Client, func(context.Context) error, error) {
+	d, end, err := p.open(ctx, o, true)
+	if err != nil {
+		return nil, nil, err
+	}
+	c, stop, err := d.Local(ctx)
+	if err != nil {
+		return nil, nil, errors.Join(err, end())
+	}
+	return c, stop, nil
+}
+
+func (p Parts) demo(ctx context.Context, o cli.DemoOptions) (err error) {
+	d, end, err := p.open(ctx, o.HostOptions, true)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	return demo.Run(ctx, d, demo.Options{N: o.N, Out: o.Out, JSON: o.JSON})
+}
+
+func (p Parts) bench(ctx context.Context, o cli.BenchOptions) (err error) {
+	d, end, err := p.open(ctx, o.HostOptions, true)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	if o.Snapshot == demo.Name {
+		if _, err := demo.Template(ctx, d); err != nil {
+			return err
+		}
+	}
+	return bench.Run(ctx, d, bench.Options{
+		Snapshot: o.Snapshot, Forks: o.Forks, Rounds: o.Rounds, Floor: o.Floor, Out: o.Out, JSON: o.JSON,
+	})
+}
+
+func (p Parts) doctor(ctx context.Context, o cli.HostOptions) ([]client.Check, error) {
+	return examine(ctx, o), nil
+}
+
+// agentPath finds the guest agent beside this program.
+func agentPath() (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find this program: %w", err)
+	}
+	path := filepath.Join(filepath.Dir(self), "tine-agent")
+	if _, err := os.Stat(path); err != nil {
+		err = fmt.Errorf("%w: guest agent: %w", errdef.ErrUnavailable, err)
+		return "", errdef.WithHint(err, "keep tine-agent in the directory of tine; make build builds both")
+	}
+	return path, nil
+}
+
+func logger(w io.Writer) *slog.Logger {
+	if w == nil {
+		return slog.New(slog.DiscardHandler)
+	}
+	return slog.New(slog.NewTextHandler(w, nil))
+}

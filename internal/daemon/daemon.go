@@ -1,0 +1,246 @@
+// Package daemon puts the stores, the sandboxes and the interface together in
+// one process, and serves them.
+//
+// A daemon in its plain form owns its state directory: a lock sees to it that
+// there is only one, and sandboxes outlive it to be adopted by the next. In
+// its ephemeral form it shares the images and snapshots of the directory with
+// whoever else is there, and takes its sandboxes with it when it ends.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tinevm/tine/internal/api"
+	"github.com/tinevm/tine/internal/durable"
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/undo"
+	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/wire"
+)
+
+// Config is what a daemon is made of.
+type Config struct {
+	StateDir string
+	Engine   vmm.Engine
+	// Agent is the path of the guest agent that new images get.
+	Agent string
+	// Ephemeral sandboxes die with this process.
+	Ephemeral bool
+	// Version is what GET /version answers.
+	Version string
+	// Doctor examines the host for GET /v1/doctor; nil for none.
+	Doctor func(context.Context) []wire.DoctorCheck
+	// Logger may be nil.
+	Logger *slog.Logger
+}
+
+// Daemon is a running daemon. Its parts are safe for concurrent use.
+type Daemon struct {
+	Images    *image.Store
+	Snapshots *snapshot.Store
+	Sandboxes *sandbox.Manager
+
+	cfg     Config
+	log     *slog.Logger
+	handler http.Handler
+	lock    *os.File // nil when ephemeral
+}
+
+// Open opens the state directory and takes over the sandboxes that it finds
+// there. It returns errdef.ErrConflict when another daemon runs on it.
+func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	d := &Daemon{cfg: cfg, log: cfg.Logger}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	if err := d.makeStateDir(); err != nil {
+		return nil, err
+	}
+	if !cfg.Ephemeral {
+		if d.lock, err = lock(cfg.StateDir); err != nil {
+			return nil, err
+		}
+		u.Add(d.lock.Close)
+	}
+	if d.Images, err = image.Open(image.Config{Dir: d.path("images"), Agent: cfg.Agent, Logger: d.log}); err != nil {
+		return nil, err
+	}
+	if d.Snapshots, err = snapshot.Open(d.path("snapshots"), d.log); err != nil {
+		return nil, err
+	}
+	d.Sandboxes, err = sandbox.NewManager(ctx, sandbox.Config{
+		Dir: d.path("sandboxes"), Engine: cfg.Engine, Snapshots: d.Snapshots, Images: d.Images,
+		Logger: d.log, Ephemeral: cfg.Ephemeral,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.handler = api.New(api.Config{
+		Sandboxes: d.Sandboxes, Snapshots: d.Snapshots, Images: d.Images,
+		Doctor: cfg.Doctor, Version: cfg.Version, Logger: d.log,
+	})
+	return d, nil
+}
+
+// maxStateDir leaves room for the sockets below the state directory: their
+// paths hold 107 bytes at most, and end in /sandboxes/sb-0123456789ab/agent.sock.
+const maxStateDir = 107 - len("/sandboxes/sb-0123456789ab/agent.sock")
+
+func (d *Daemon) makeStateDir() error {
+	dir, err := filepath.Abs(d.cfg.StateDir)
+	if err != nil {
+		return err
+	}
+	d.cfg.StateDir = dir
+	if len(dir) > maxStateDir {
+		err := fmt.Errorf("%w: state directory %s: its path is longer than %d bytes, so sockets in it have no address", errdef.ErrInvalid, dir, maxStateDir)
+		return errdef.WithHint(err, "choose a shorter --state-dir")
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return errdef.WithHint(fmt.Errorf("make state directory: %w", err), "choose another --state-dir, or run as root")
+	}
+	return nil
+}
+
+func (d *Daemon) path(name string) string { return filepath.Join(d.cfg.StateDir, name) }
+
+func lock(stateDir string) (*os.File, error) {
+	f, err := durable.TryLock(filepath.Join(stateDir, "daemon.lock"), false)
+	if errors.Is(err, errdef.ErrConflict) {
+		err = fmt.Errorf("%w: a daemon runs on %s already", errdef.ErrConflict, stateDir)
+		return nil, errdef.WithHint(err, "use that one (tine ls), or choose another --state-dir")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	return f, nil
+}
+
+// Close ends the daemon. Unless it is ephemeral its sandboxes run on.
+func (d *Daemon) Close(ctx context.Context) error {
+	err := d.Sandboxes.Close(ctx)
+	if d.lock != nil {
+		err = errors.Join(err, d.lock.Close())
+	}
+	return err
+}
+
+// Addresses say where to serve.
+type Addresses struct {
+	Socket string // path of a unix socket, or "" for none
+	Listen string // TCP address, or "" for none
+}
+
+// Listen opens the addresses. Only loopback is allowed on TCP: there is no
+// authentication yet.
+func (d *Daemon) Listen(ctx context.Context, at Addresses) (_ []net.Listener, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	var listeners []net.Listener
+	if at.Socket != "" {
+		ln, err := listenSocket(ctx, at.Socket)
+		if err != nil {
+			return nil, err
+		}
+		u.Add(ln.Close)
+		listeners = append(listeners, ln)
+	}
+	if at.Listen != "" {
+		ln, err := listenTCP(ctx, at.Listen)
+		if err != nil {
+			return nil, err
+		}
+		listeners = append(listeners, ln)
+	}
+	return listeners, nil
+}
+
+// listenSocket replaces a socket that an earlier daemon left; the lock says
+// that there is no other now.
+func listenSocket(ctx context.Context, path string) (net.Listener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove stale socket: %w", err)
+	}
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	return ln, nil
+}
+
+func listenTCP(ctx context.Context, addr string) (net.Listener, error) {
+	host, _, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, fmt.Errorf("%w: listen address %q: %w", errdef.ErrInvalid, addr, err)
+	}
+	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		err := fmt.Errorf("%w: refusing to listen on %s without authentication", errdef.ErrDenied, addr)
+		return nil, errdef.WithHint(err, "use a loopback address: --listen 127.0.0.1:8889")
+	}
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("%w: listen: %w", errdef.ErrUnavailable, err)
+	}
+	return ln, nil
+}
+
+// drainTime bounds how long requests under way may go on once the daemon is
+// told to stop.
+const drainTime = 10 * time.Second
+
+// Serve answers on the listeners until ctx ends, and closes them.
+func (d *Daemon) Serve(ctx context.Context, listeners ...net.Listener) error {
+	base, cancelRequests := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancelRequests(nil)
+	srv := &http.Server{
+		Handler:           d.handler,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return base },
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	for _, ln := range listeners {
+		group.Go(func() error {
+			if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+				return fmt.Errorf("serve on %s: %w", ln.Addr(), err)
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		<-ctx.Done()
+		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		err := srv.Shutdown(late)
+		cancelRequests(errStopping)
+		if errors.Is(err, context.DeadlineExceeded) {
+			return srv.Close()
+		}
+		return err
+	})
+	return group.Wait()
+}
+
+var errStopping = fmt.Errorf("%w: the daemon is stopping", errdef.ErrUnavailable)
