@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"mime"
+	"net"
 	"net/http"
 	"path"
 	"runtime/debug"
@@ -76,16 +77,34 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 		slog.String("path", r.URL.Path), slog.Int("status", rec.status), slog.Duration("took", time.Since(start)))
 }
 
-// sameOrigin refuses what a browser sends here on behalf of somebody's page.
+// sameOrigin refuses what a browser sends here on behalf of somebody's page,
+// also when the page's name has meanwhile come to mean this host: such a
+// request names that host, while ours name an address or this machine.
 func (s *server) sameOrigin(next http.Handler) http.Handler {
 	guard := http.NewCrossOriginProtection()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !ownHost(r.Host) {
+			s.fail(w, r, fmt.Errorf("%w: request for host %q", errdef.ErrDenied, r.Host))
+			return
+		}
 		if err := guard.Check(r); err != nil {
 			s.fail(w, r, fmt.Errorf("%w: request from another origin", errdef.ErrDenied))
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
+}
+
+// ownHost reports whether a Host header can only have meant this machine: an
+// address, localhost, a name without a dot (as the client sends over a socket),
+// or none.
+func ownHost(hostport string) bool {
+	host, _, err := net.SplitHostPort(hostport)
+	if err != nil {
+		host = hostport
+	}
+	host = strings.Trim(host, "[]")
+	return net.ParseIP(host) != nil || !strings.Contains(host, ".")
 }
 
 // route hands r to mux, and answers in JSON where mux has no route for it.

@@ -21,6 +21,7 @@ import (
 
 	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/wire"
 )
@@ -40,11 +41,15 @@ const closeTime = 60 * time.Second
 // ends it, also when ctx has ended.
 func (p Parts) open(ctx context.Context, o cli.HostOptions, ephemeral bool) (*daemon.Daemon, func() error, error) {
 	log := logger(o.Log)
-	engine, err := engines.Choose(ctx, engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: log})
+	agent, err := agentPath()
 	if err != nil {
 		return nil, nil, err
 	}
-	agent, err := agentPath()
+	if err = os.MkdirAll(o.StateDir, 0o700); err != nil {
+		err = fmt.Errorf("make state directory: %w", err)
+		return nil, nil, errdef.WithHint(err, "choose another --state-dir, or run as root")
+	}
+	engine, err := engines.Choose(ctx, engineConfig(o))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -134,6 +139,20 @@ func (p Parts) bench(ctx context.Context, o cli.BenchOptions) (err error) {
 
 func (p Parts) doctor(ctx context.Context, o cli.HostOptions) ([]client.Check, error) {
 	return examine(ctx, o), nil
+}
+
+// engineConfig says how to look for engines: with a kernel to try, once an
+// image has brought one.
+func engineConfig(o cli.HostOptions) engines.Config {
+	cfg := engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log)}
+	store, err := image.Open(image.Config{Dir: filepath.Join(o.StateDir, "images")})
+	if err != nil {
+		return cfg // whoever needs the store will say what is wrong with it
+	}
+	if list, err := store.List(); err == nil && len(list) > 0 {
+		cfg.Kernel = list[0].KernelPath()
+	}
+	return cfg
 }
 
 // agentPath finds the guest agent beside this program.

@@ -16,9 +16,11 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/api"
 	"github.com/tinevm/tine/internal/durable"
@@ -68,7 +70,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
-	if err := d.makeStateDir(); err != nil {
+	if err = d.makeStateDir(); err != nil {
 		return nil, err
 	}
 	if !cfg.Ephemeral {
@@ -153,17 +155,17 @@ func (d *Daemon) Listen(ctx context.Context, at Addresses) (_ []net.Listener, er
 	defer func() { err = u.Run(err) }()
 	var listeners []net.Listener
 	if at.Socket != "" {
-		ln, err := listenSocket(ctx, at.Socket)
-		if err != nil {
-			return nil, err
+		ln, listenErr := listenSocket(ctx, at.Socket)
+		if listenErr != nil {
+			return nil, listenErr
 		}
 		u.Add(ln.Close)
 		listeners = append(listeners, ln)
 	}
 	if at.Listen != "" {
-		ln, err := listenTCP(ctx, at.Listen)
-		if err != nil {
-			return nil, err
+		ln, listenErr := listenTCP(ctx, at.Listen)
+		if listenErr != nil {
+			return nil, listenErr
 		}
 		listeners = append(listeners, ln)
 	}
@@ -176,13 +178,15 @@ func listenSocket(ctx context.Context, path string) (net.Listener, error) {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
 	}
-	var lc net.ListenConfig
-	ln, err := lc.Listen(ctx, "unix", path)
+	// Nobody else may connect, from the first moment on.
+	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var chmodErr error
+		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, chmodErr)
+	}}
+	ln, err := private.Listen(ctx, "unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(err, ln.Close())
 	}
 	return ln, nil
 }

@@ -13,7 +13,7 @@ import (
 // client of it. The function it returns ends both.
 func (d *Daemon) Local(ctx context.Context) (*client.Client, func(context.Context) error, error) {
 	ln := &memoryListener{conns: make(chan net.Conn), closed: make(chan struct{})}
-	c, err := client.New(client.Config{URL: "http://tine.local", HTTPClient: &http.Client{
+	c, err := client.New(client.Config{URL: "http://tine", HTTPClient: &http.Client{
 		Transport: &http.Transport{DialContext: ln.dial},
 	}})
 	if err != nil {

@@ -93,8 +93,7 @@ func WithHint(err error, hint string) error {
 
 // Hint returns the outermost hint in err's chain, or "".
 func Hint(err error) string {
-	var h *hinted
-	if errors.As(err, &h) {
+	if h, ok := errors.AsType[*hinted](err); ok {
 		return h.hint
 	}
 	return ""

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/name"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/progress"
@@ -20,7 +21,7 @@ func TestParseSource(t *testing.T) {
 		"debian:bookworm+python3+gcc-12":  "debian:bookworm,python3,gcc-12",
 		"debian:bookworm,g++,libstdc++6":  "debian:bookworm,g++,libstdc++6",
 		"debian:bookworm-backports+a1":    "debian:bookworm-backports,a1",
-		"docker:python:3.12":              "docker:index.docker.io/library/python:3.12",
+		"docker:python:3.12":              "docker:" + name.DefaultRegistry + "/library/python:3.12",
 		"registry.example/foo:tag":        "docker:registry.example/foo:tag",
 		"localhost/foo":                   "docker:localhost/foo:latest",
 		"":                                "",

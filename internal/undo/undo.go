@@ -2,7 +2,10 @@
 // so that every error path runs all of them and the good path none.
 package undo
 
-import "errors"
+import (
+	"errors"
+	"slices"
+)
 
 // Stack is a list of clean-up steps, run last in, first out. The zero Stack is
 // ready. It is not safe for concurrent use.
@@ -24,8 +27,8 @@ func (s *Stack) Run(err error) error {
 	if err == nil {
 		return nil
 	}
-	for i := len(s.steps) - 1; i >= 0; i-- {
-		err = errors.Join(err, s.steps[i]())
+	for _, step := range slices.Backward(s.steps) {
+		err = errors.Join(err, step())
 	}
 	s.steps = nil
 	return err

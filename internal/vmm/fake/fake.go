@@ -28,13 +28,16 @@ import (
 // Engine makes fake machines. It is safe for concurrent use.
 type Engine struct {
 	mu       sync.Mutex
-	detached map[string]*machine // by directory, for Adopt
+	running  map[string]*machine // by directory
+	detached map[string]*machine // those that Adopt may take
 }
 
 var _ vmm.Engine = (*Engine)(nil)
 
 // New returns an engine.
-func New() *Engine { return &Engine{detached: map[string]*machine{}} }
+func New() *Engine {
+	return &Engine{running: map[string]*machine{}, detached: map[string]*machine{}}
+}
 
 // Name is "fake".
 func (e *Engine) Name() string { return "fake" }
@@ -96,7 +99,7 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	if spec.Paused {
 		err = m.Pause(ctx)
 	}
-	if err := errors.Join(err, thaw(memory, m.files)); err != nil {
+	if err = errors.Join(err, thaw(memory, m.files)); err != nil {
 		return nil, errors.Join(err, m.Kill(ctx))
 	}
 	return m, nil
@@ -112,6 +115,19 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 		return nil, fmt.Errorf("%w: machine in %s", errdef.ErrNotFound, h.Dir)
 	}
 	return m, nil
+}
+
+// Crash ends the machine whose directory is dir as if by itself, with err as
+// the reason, and reports whether there was one.
+func (e *Engine) Crash(dir string, err error) bool {
+	e.mu.Lock()
+	m := e.running[dir]
+	e.mu.Unlock()
+	if m == nil {
+		return false
+	}
+	m.end(err)
+	return true
 }
 
 func (e *Engine) run(ctx context.Context, spec vmm.Common) (_ *machine, err error) {
@@ -139,6 +155,9 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common) (_ *machine, err erro
 	}
 	m.agent = agent.New(agent.Config{Fake: agent.NewFake(m.files)})
 	m.ctx, m.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.running[spec.Dir] = m
 	return m, nil
 }
 
@@ -157,9 +176,11 @@ type machine struct {
 	serve  sync.WaitGroup
 	once   sync.Once
 
+	err     error        // set before done is closed
 	running sync.RWMutex // held by writers while the machine is paused
 	mu      sync.Mutex
 	paused  bool
+	over    bool // no stream begins any more, and nothing pauses
 }
 
 func (m *machine) PID() int { return 0 }
@@ -168,7 +189,12 @@ func (m *machine) Handle() vmm.Handle { return vmm.Handle{Engine: "fake", Dir: m
 
 func (m *machine) Done() <-chan struct{} { return m.done }
 
-func (m *machine) Err() error { return nil }
+func (m *machine) Err() error {
+	if !m.gone() {
+		return nil
+	}
+	return m.err
+}
 
 func (m *machine) gone() bool {
 	select {
@@ -187,6 +213,12 @@ func (m *machine) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
 		return nil, fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.over {
+		<-m.line
+		return nil, fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
 	}
 	host, guest := net.Pipe()
 	m.serve.Go(func() {
@@ -215,7 +247,7 @@ func (g *gated) Read(p []byte) (int, error) {
 func (m *machine) Pause(context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if !m.paused {
+	if !m.paused && !m.over {
 		m.running.Lock()
 		m.paused = true
 	}
@@ -234,7 +266,7 @@ func (m *machine) Resume(context.Context) error {
 
 // Freeze writes the guest's directory as an archive.
 func (m *machine) Freeze(ctx context.Context, device string) (err error) {
-	if err := m.Pause(ctx); err != nil {
+	if err = m.Pause(ctx); err != nil {
 		return err
 	}
 	defer func() {
@@ -250,7 +282,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 		return err
 	}
 	_, err = f.WriteString(deviceState)
-	if err := errors.Join(err, f.Close()); err != nil {
+	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
 	return freeze(m.files, m.memory)
@@ -305,18 +337,41 @@ func unpack(root *os.Root, h *tar.Header, r io.Reader) error {
 
 // Kill ends the agent and waits for all it started.
 func (m *machine) Kill(ctx context.Context) error {
+	go m.end(nil) // it always ends, and waiters may lose patience
+	select {
+	case <-m.done:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// end ends the agent, once.
+func (m *machine) end(err error) {
 	m.once.Do(func() {
 		m.cancel()
-		_ = m.Resume(ctx)
+		m.mu.Lock()
+		m.over = true
+		if m.paused {
+			m.running.Unlock()
+			m.paused = false
+		}
+		m.mu.Unlock()
 		m.serve.Wait()
 		m.agent.Close()
 		for _, lease := range m.leases {
 			_ = lease.Close()
 		}
+		m.engine.forget(m)
+		m.err = err
 		close(m.done)
 	})
-	<-m.done
-	return nil
+}
+
+func (e *Engine) forget(m *machine) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.running, m.spec.Dir)
 }
 
 // Detach leaves the agent running, for Adopt.

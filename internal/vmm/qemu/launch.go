@@ -78,7 +78,7 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if err := l.machine(); err != nil {
+	if err = l.machine(); err != nil {
 		return nil, err
 	}
 	for _, lease := range l.spec.Leases {
@@ -99,7 +99,7 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if l.spec.DieWithParent {
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
-	if err := cmd.Start(); err != nil {
+	if err = cmd.Start(); err != nil {
 		return nil, err
 	}
 	u.Add(func() error { _ = cmd.Process.Kill(); _ = cmd.Wait(); return nil })

@@ -27,22 +27,19 @@ type process interface {
 	// wait returns when the process has ended; only one goroutine calls it.
 	wait() error
 	kill() error
-	release() error
 }
 
 // child is a QEMU that this process started.
 type child struct{ cmd *exec.Cmd }
 
-func (c *child) wait() error    { return c.cmd.Wait() }
-func (c *child) kill() error    { return c.cmd.Process.Kill() }
-func (c *child) release() error { return nil } // its waiter reaps it whenever it ends
+func (c *child) wait() error { return c.cmd.Wait() }
+func (c *child) kill() error { return c.cmd.Process.Kill() }
 
 // adopted is a QEMU that an earlier process started.
 type adopted struct{ p *linux.Process }
 
-func (a *adopted) wait() error    { return a.p.Wait(context.Background()) } //nolint:usetesting,contextcheck // ends with the process
-func (a *adopted) kill() error    { return a.p.Signal(unix.SIGKILL) }
-func (a *adopted) release() error { return nil }
+func (a *adopted) wait() error { return a.p.Wait(context.Background()) }
+func (a *adopted) kill() error { return a.p.Signal(unix.SIGKILL) }
 
 // machine is one running QEMU.
 type machine struct {
@@ -135,7 +132,7 @@ func (m *machine) Resume(ctx context.Context) error {
 
 // Freeze pauses the machine and writes its device state.
 func (m *machine) Freeze(ctx context.Context, device string) (err error) {
-	if err := m.Pause(ctx); err != nil {
+	if err = m.Pause(ctx); err != nil {
 		return err
 	}
 	defer func() {
@@ -155,11 +152,11 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := control.sendFile(ctx, "device", f); err != nil {
+	if err = control.sendFile(ctx, "device", f); err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
 	start := command{Execute: "migrate", Arguments: map[string]any{"uri": "fd:device"}}
-	if err := control.executeAll(ctx, ignoreShared, start); err != nil {
+	if err = control.executeAll(ctx, ignoreShared, start); err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
 	return m.waitMigration(ctx, control, "freeze")
@@ -260,7 +257,7 @@ func (m *machine) Detach() error {
 	}
 	err := m.control.close()
 	m.control = nil
-	return errors.Join(err, m.process.release())
+	return err
 }
 
 func (m *machine) run(ctx context.Context, verb string, c command) error {

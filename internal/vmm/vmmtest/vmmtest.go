@@ -58,7 +58,7 @@ type harness struct {
 // which t.TempDir's does not always.
 func shortTempDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "vmm")
+	dir, err := os.MkdirTemp("", "vmm") //nolint:usetesting // see above
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,139 @@
+package doctor
+
+import (
+	"context"
+	"debug/elf"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/http"
+	"syscall"
+
+	"github.com/tinevm/tine/internal/engines"
+	"github.com/tinevm/tine/internal/errdef"
+)
+
+// engines reports the engine that a daemon would use, and then each one.
+func (x *examiner) engines(ctx context.Context) []Check {
+	if x.cfg.Engines == nil {
+		return []Check{{Status: Skip, Detail: "not surveyed"}}
+	}
+	reports := x.cfg.Engines(ctx)
+	checks := []Check{chosen(x.cfg.Engine, reports)}
+	for _, r := range reports {
+		checks = append(checks, engineCheck(r))
+	}
+	return checks
+}
+
+// chosen says what becomes of the wish for the engine name.
+func chosen(name string, reports []engines.Report) Check {
+	hint := ""
+	for _, r := range reports {
+		if name != engines.Auto && name != r.Name {
+			continue
+		}
+		if r.Usable {
+			return Check{Status: OK, Detail: name + " means " + r.Name}
+		}
+		hint = r.Hint // under auto the last one's, which asks the least of a host
+	}
+	if name == engines.Auto {
+		return Check{Status: Fail, Detail: "none can be used", Hint: hint}
+	}
+	if hint == "" {
+		hint = "use --engine " + engines.Auto
+	}
+	return Check{Status: Fail, Detail: name + " cannot be used", Hint: hint}
+}
+
+func engineCheck(r engines.Report) Check {
+	c := Check{Name: "engine " + r.Name, Status: Warn, Detail: r.Reason, Hint: r.Hint}
+	switch {
+	case r.Usable:
+		c.Status = OK
+		c.Detail = fmt.Sprintf("%s: %s", r.Version, r.Reason)
+	case errors.Is(r.Err, errdef.ErrUnsupported):
+		c.Status = Skip
+	}
+	return c
+}
+
+// tools are a warning at most: images that are built need none of them.
+func (x *examiner) tools(context.Context) []Check {
+	var checks []Check
+	for _, t := range x.cfg.Tools() {
+		c := Check{Name: "tool " + t.Name, Status: OK, Detail: t.Path}
+		if t.Err != nil {
+			c.Status, c.Detail, c.Hint = Warn, "missing: "+t.Why, "apt-get install "+t.Package
+		}
+		checks = append(checks, c)
+	}
+	return checks
+}
+
+// agent checks the program that becomes a guest's init: in an initramfs there
+// is nothing for it to be linked with.
+func (x *examiner) agent(context.Context) Check {
+	const hint = "make build"
+	path := x.cfg.Agent
+	if path == "" {
+		return Check{Status: Skip, Detail: "not looked for"}
+	}
+	f, err := elf.Open(path)
+	if err != nil {
+		return Check{Status: Fail, Detail: err.Error(), Hint: hint}
+	}
+	defer func() { _ = f.Close() }() // only read
+	if f.Machine != elf.EM_X86_64 {
+		return Check{Status: Fail, Detail: fmt.Sprintf("%s is for %v", path, f.Machine), Hint: hint}
+	}
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			return Check{Status: Fail, Detail: path + " is not static", Hint: hint}
+		}
+	}
+	return Check{Status: OK, Detail: path}
+}
+
+// daemon asks the daemon whether it is up. That none runs is no fault.
+func (x *examiner) daemon(ctx context.Context) Check {
+	path := x.cfg.Socket
+	err := health(ctx, path)
+	switch {
+	case err == nil:
+		return Check{Status: OK, Detail: "answers on " + path}
+	case errors.Is(err, fs.ErrNotExist):
+		return Check{Status: Skip, Detail: "none runs"}
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return Check{Status: Skip, Detail: "none runs; one that died left its socket, which the next replaces"}
+	case errors.Is(err, fs.ErrPermission):
+		return Check{Status: Warn, Detail: "not ours to ask: " + err.Error(), Hint: "run as the daemon's user"}
+	default:
+		return Check{Status: Fail, Detail: err.Error(), Hint: "restart tine serve; its sandboxes live on"}
+	}
+}
+
+// health returns nil if a daemon on the unix socket path says that it is up.
+func health(ctx context.Context, path string) error {
+	var d net.Dialer
+	transport := &http.Transport{
+		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", path) },
+		DisableKeepAlives:      true,
+		MaxResponseHeaderBytes: 64 << 10,
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://tine/healthz", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return err
+	}
+	_ = resp.Body.Close() // not read
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("the daemon on %s answers %s", path, resp.Status)
+	}
+	return nil
+}

@@ -1,0 +1,213 @@
+// Package engines knows the engines of this version of Tine, and chooses the
+// best one that can really run a machine on this host.
+//
+// A /dev/kvm that opens proves nothing: there are hosts where it opens, makes a
+// machine, and cannot run an ordinary kernel in it. So KVM counts only when
+// the CPU shows its virtualisation and a probe machine has started within a
+// bound. The verdict is kept in the state directory until the next boot;
+// docs/engines.md describes it. The package runs no machine but the probes.
+package engines
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/qemu"
+)
+
+// The names that Config.Name can have.
+const (
+	Auto        = "auto" // the best that is usable
+	Firecracker = "firecracker"
+	QEMUKVM     = "qemu-kvm"
+	QEMUTCG     = "qemu-tcg"
+)
+
+// Config says what to choose from.
+type Config struct {
+	// Name is one of the names above; empty means Auto.
+	Name string
+	// StateDir is where the verdict on KVM is kept; empty means nowhere. It is
+	// not created when it is missing.
+	StateDir string
+	// Kernel is the path of an uncompressed kernel that the probe of KVM boots
+	// as well; empty, or a path where there is none, leaves that part out.
+	Kernel string
+	// QEMU is its path or name in $PATH; empty means qemu-system-x86_64.
+	QEMU string
+	// Logger may be nil.
+	Logger *slog.Logger
+}
+
+// Report says whether an engine can be used on this host.
+type Report struct {
+	Name   string `json:"name"`
+	Usable bool   `json:"usable"`
+	// Reason says why it is usable, or why not.
+	Reason string `json:"reason"`
+	// Hint is what to do about it.
+	Hint string `json:"hint,omitempty"`
+	// Version is the monitor's, when the engine is usable.
+	Version string `json:"version,omitempty"`
+	// Err is nil for a usable engine. It is errdef.ErrUnsupported when nothing
+	// on this host could make the engine usable.
+	Err error `json:"-"`
+}
+
+// Choose returns the engine that cfg names, or under Auto the first usable one
+// in the order firecracker, qemu-kvm, qemu-tcg. It returns errdef.ErrUnavailable
+// or errdef.ErrUnsupported, with a reason and perhaps a hint, when that engine
+// cannot be used here, and errdef.ErrInvalid for an unknown name.
+func Choose(ctx context.Context, cfg Config) (vmm.Engine, error) {
+	return newHost(cfg).choose(ctx)
+}
+
+// Survey examines all engines, in the order in which Auto tries them.
+func Survey(ctx context.Context, cfg Config) []Report {
+	return newHost(cfg).survey(ctx)
+}
+
+// host is where engines are looked for. Tests put a host of their own here.
+type host struct {
+	cfg         Config
+	log         *slog.Logger
+	cpuinfo     string // path of /proc/cpuinfo
+	device      string // path of /dev/kvm
+	romBound    time.Duration
+	kernelBound time.Duration
+}
+
+func newHost(cfg Config) *host {
+	h := &host{
+		cfg: cfg, log: cfg.Logger,
+		cpuinfo: "/proc/cpuinfo", device: "/dev/kvm",
+		romBound: 2 * time.Second, kernelBound: 5 * time.Second,
+	}
+	if h.cfg.QEMU == "" {
+		h.cfg.QEMU = "qemu-system-x86_64"
+	}
+	if h.log == nil {
+		h.log = slog.New(slog.DiscardHandler)
+	}
+	return h
+}
+
+// candidate is an engine that may be usable.
+type candidate struct {
+	name string
+	// open returns the engine and why it is usable, or an error that says why
+	// it is not.
+	open func(ctx context.Context) (vmm.Engine, string, error)
+}
+
+// candidates are all engines, the best first.
+func (h *host) candidates() []candidate {
+	return []candidate{
+		{Firecracker, h.openFirecracker},
+		{QEMUKVM, h.openKVM},
+		{QEMUTCG, h.openTCG},
+	}
+}
+
+func (h *host) choose(ctx context.Context) (vmm.Engine, error) {
+	all := h.candidates()
+	if h.cfg.Name == "" || h.cfg.Name == Auto {
+		return h.first(ctx, all)
+	}
+	names := []string{Auto}
+	for _, c := range all {
+		if c.name == h.cfg.Name {
+			return h.open(ctx, c)
+		}
+		names = append(names, c.name)
+	}
+	return nil, fmt.Errorf("%w: engine %q: want one of %s", errdef.ErrInvalid, h.cfg.Name, strings.Join(names, ", "))
+}
+
+// first returns the first engine that is usable, or the last one's error: that
+// one asks the least of a host.
+func (h *host) first(ctx context.Context, all []candidate) (engine vmm.Engine, err error) {
+	for _, c := range all {
+		if err != nil {
+			h.log.DebugContext(ctx, "engine is not usable", "error", err)
+		}
+		engine, err = h.open(ctx, c)
+		if err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	return engine, err
+}
+
+func (h *host) open(ctx context.Context, c candidate) (vmm.Engine, error) {
+	engine, _, err := c.open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open engine %s: %w", c.name, err)
+	}
+	return engine, nil
+}
+
+func (h *host) survey(ctx context.Context) []Report {
+	all := h.candidates()
+	reports := make([]Report, 0, len(all))
+	for _, c := range all {
+		engine, why, err := c.open(ctx)
+		r := Report{Name: c.name, Usable: err == nil, Reason: why, Err: err}
+		if err == nil {
+			r.Version = engine.Version()
+		} else {
+			r.Reason, r.Hint = reason(err), errdef.Hint(err)
+		}
+		reports = append(reports, r)
+	}
+	return reports
+}
+
+// reason is err without the category, which Usable says already.
+func reason(err error) string {
+	text := err.Error()
+	if category := errdef.FromCode(errdef.Code(err)); category != nil {
+		text = strings.TrimPrefix(text, category.Error()+": ")
+	}
+	return text
+}
+
+func (h *host) openFirecracker(context.Context) (vmm.Engine, string, error) {
+	return nil, "", fmt.Errorf("%w: not in this version", errdef.ErrUnsupported)
+}
+
+func (h *host) openTCG(ctx context.Context) (vmm.Engine, string, error) {
+	engine, err := h.qemu(ctx, qemu.TCG)
+	if err != nil {
+		return nil, "", err
+	}
+	return engine, "software emulation, on any host", nil
+}
+
+// openKVM asks for what costs nothing first.
+func (h *host) openKVM(ctx context.Context) (vmm.Engine, string, error) {
+	if err := h.hardware(); err != nil {
+		return nil, "", err
+	}
+	engine, err := h.qemu(ctx, qemu.KVM)
+	if err != nil {
+		return nil, "", err
+	}
+	v, err := h.verdict(ctx, engine.Version())
+	if err != nil {
+		return nil, "", err
+	}
+	if !v.Usable {
+		return nil, "", h.refuse(v)
+	}
+	return engine, v.Reason, nil
+}
+
+func (h *host) qemu(ctx context.Context, accel qemu.Accel) (*qemu.Engine, error) {
+	return qemu.New(ctx, qemu.Config{Binary: h.cfg.QEMU, Accel: accel, Logger: h.cfg.Logger})
+}
