@@ -36,7 +36,8 @@ type ForkRequest struct {
 	// IdleTTL and Lifetime end a sandbox that is unused for so long, or that
 	// is so old. Zero means never.
 	IdleTTL, Lifetime time.Duration
-	// MemoryLimitMiB bounds what the sandbox may take of the host's memory.
+	// MemoryLimitMiB is kept with the sandbox. No engine enforces it yet: what
+	// bounds a sandbox is its machine's own memory.
 	MemoryLimitMiB int64
 	// Labels are kept with the sandbox.
 	Labels map[string]string

@@ -19,7 +19,6 @@ func (a *app) forkFlags(cmd *cobra.Command, req *client.ForkRequest) {
 	f.StringVarP(&req.Snapshot, "snapshot", "s", "", "snapshot to fork, by tag or digest")
 	f.DurationVar(&req.IdleTTL, "idle-ttl", 0, "remove a sandbox that is unused for so long (default never)")
 	f.DurationVar(&req.Lifetime, "lifetime", 0, "remove a sandbox when it is so old (default never)")
-	f.Int64Var(&req.MemoryLimitMiB, "memory-limit", 0, "bound what a sandbox takes of the host's memory, in `MiB`")
 	f.StringToStringVarP(&req.Labels, "label", "l", nil, "keep `KEY=VALUE` with the sandbox; may be repeated")
 	f.Bool("pool", true, "take warm forks where some are parked")
 	_ = cmd.MarkFlagRequired("snapshot") // the flag was added above

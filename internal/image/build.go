@@ -208,7 +208,7 @@ func (s *Store) buildRoot(ctx context.Context, src source, scratch string) (art 
 	if err != nil {
 		return rootArtifact{}, err
 	}
-	if err = t.finish(); err != nil {
+	if err = t.finish(config); err != nil {
 		return rootArtifact{}, err
 	}
 	progress.Report(ctx, step, "writing the root filesystem")

@@ -31,9 +31,12 @@ var mountPoints = []struct {
 // reserved is where the agent puts files of its own.
 const reserved = "usr/lib/tine"
 
+// envFile holds the image's environment, a NAME=value a line.
+const envFile = "etc/tine/env"
+
 // finish adds what every guest needs, and gives the directories their owners,
 // modes and times now that nothing more is written into them.
-func (t *tree) finish() error {
+func (t *tree) finish(config RunConfig) error {
 	if _, err := t.root.Lstat(reserved); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: root tree: /%s must not be there: Tine's agent uses it", errdef.ErrInvalid, reserved)
 	}
@@ -44,6 +47,9 @@ func (t *tree) finish() error {
 	}
 	if err := t.hosts(); err != nil {
 		return fmt.Errorf("make /etc/hosts: %w", err)
+	}
+	if err := t.environment(config.Env); err != nil {
+		return fmt.Errorf("make /%s: %w", envFile, err)
 	}
 	known := make([]string, 0, len(t.dirs))
 	for at := range t.dirs {
@@ -75,8 +81,26 @@ func (t *tree) mountPoint(name string, mode int64) error {
 
 // hosts makes localhost a name where the source leaves that to its runtime.
 func (t *tree) hosts() error {
-	const text = "127.0.0.1 localhost\n::1 localhost\n"
-	at, err := t.place("etc/hosts")
+	return t.supply("etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+}
+
+// environment leaves the image's variables where the agent reads them.
+func (t *tree) environment(env []string) error {
+	if len(env) == 0 {
+		return nil
+	}
+	for _, v := range env {
+		if strings.ContainsAny(v, "\n\r\x00") {
+			name, _, _ := strings.Cut(v, "=")
+			return fmt.Errorf("%w: the image's variable %q holds a line break or a zero byte", errdef.ErrInvalid, name)
+		}
+	}
+	return t.supply(envFile, strings.Join(env, "\n")+"\n")
+}
+
+// supply makes a file unless the source has brought one of that name.
+func (t *tree) supply(name, text string) error {
+	at, err := t.place(name)
 	if err != nil {
 		return err
 	}

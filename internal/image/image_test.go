@@ -79,7 +79,7 @@ func TestBuild(t *testing.T) {
 	got := listing(t, extract(t, img))
 	wantTree := []string{
 		"dev/", "etc/", "etc/hosts = 127.0.0.1 localhost\n::1 localhost\n", "etc/link -> /etc/motd", "etc/motd = hello",
-		"etc/tine/", "etc/tine/fork.d/", "etc/twin = hello", "proc/", "run/", "sys/", "tmp/", "usr/", "usr/bin/", "usr/bin/python3 = #!",
+		"etc/tine/", "etc/tine/env = " + defaultPath + "\n", "etc/tine/fork.d/", "etc/twin = hello", "proc/", "run/", "sys/", "tmp/", "usr/", "usr/bin/", "usr/bin/python3 = #!",
 	}
 	if diff := cmp.Diff(wantTree, got); diff != "" {
 		t.Error(diff)

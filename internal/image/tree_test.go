@@ -175,7 +175,7 @@ func TestFinish(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err = tr.finish(); err != nil {
+	if err = tr.finish(RunConfig{}); err != nil {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]fs.FileMode{
@@ -206,7 +206,7 @@ func TestFinishRefuses(t *testing.T) {
 			if err := tr.unpack(t.Context(), bytes.NewReader(tarOf(t, e)), unpackOptions{}); err != nil {
 				t.Fatal(err)
 			}
-			if err := tr.finish(); !errors.Is(err, errdef.ErrInvalid) {
+			if err := tr.finish(RunConfig{}); !errors.Is(err, errdef.ErrInvalid) {
 				t.Errorf("got %v, want %v", err, errdef.ErrInvalid)
 			}
 		})
@@ -256,7 +256,7 @@ func FuzzUnpack(f *testing.F) {
 		tr := openTree(t, anyLimits())
 		scratch := filepath.Dir(tr.dir)
 		if tr.unpack(t.Context(), bytes.NewReader(data), unpackOptions{whiteouts: true}) == nil {
-			_ = tr.finish() // may refuse; must not reach out
+			_ = tr.finish(RunConfig{}) // may refuse; must not reach out
 		}
 		around, err := os.ReadDir(scratch)
 		if err != nil || len(around) != 1 {
