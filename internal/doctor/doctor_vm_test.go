@@ -14,7 +14,7 @@ import (
 func TestRunWithEngines(t *testing.T) {
 	dir := t.TempDir()
 	checks := Run(t.Context(), Config{
-		StateDir: dir, Agent: vmtest.Agent(t),
+		StateDir: dir, Agent: vmtest.Program(t, "tine-agent"),
 		Engines: func(ctx context.Context) []engines.Report {
 			return engines.Survey(ctx, engines.Config{StateDir: dir})
 		},
