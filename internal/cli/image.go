@@ -79,21 +79,7 @@ func imageTable(images ...client.Image) table {
 }
 
 func (a *app) imageLs() *cobra.Command {
-	return &cobra.Command{
-		Use:     "ls",
-		Aliases: []string{"list"},
-		Short:   "List images",
-		Args:    cobra.NoArgs,
-		RunE: a.verb(func(ctx context.Context, _ []string) error {
-			return a.withClient(ctx, func(c *client.Client) error {
-				images, err := c.Images(ctx)
-				if err != nil {
-					return err
-				}
-				return a.print(images, imageTable(images...))
-			})
-		}),
-	}
+	return lister(a, "List images", (*client.Client).Images, imageTable)
 }
 
 func (a *app) imageRm() *cobra.Command {

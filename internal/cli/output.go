@@ -1,12 +1,17 @@
 package cli
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tinevm/tine/client"
 )
 
 // printJSON writes v to standard output.
@@ -91,4 +96,23 @@ func short(digest string) string {
 		hex = digest
 	}
 	return hex[:min(12, len(hex))]
+}
+
+// lister is the command that lists all objects of one kind.
+func lister[T any](a *app, short string, list func(*client.Client, context.Context) ([]T, error), show func(...T) table) *cobra.Command {
+	return &cobra.Command{
+		Use:     "ls",
+		Aliases: []string{"list"},
+		Short:   short,
+		Args:    cobra.NoArgs,
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				objects, err := list(c, ctx)
+				if err != nil {
+					return err
+				}
+				return a.print(objects, show(objects...))
+			})
+		}),
+	}
 }

@@ -90,21 +90,7 @@ func sandboxTable(boxes ...client.Sandbox) table {
 }
 
 func (a *app) lsCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:     "ls",
-		Aliases: []string{"list"},
-		Short:   "List sandboxes",
-		Args:    cobra.NoArgs,
-		RunE: a.verb(func(ctx context.Context, _ []string) error {
-			return a.withClient(ctx, func(c *client.Client) error {
-				boxes, err := c.Sandboxes(ctx)
-				if err != nil {
-					return err
-				}
-				return a.print(boxes, sandboxTable(boxes...))
-			})
-		}),
-	}
+	return lister(a, "List sandboxes", (*client.Client).Sandboxes, sandboxTable)
 }
 
 func (a *app) rmCommand() *cobra.Command {

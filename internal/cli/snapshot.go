@@ -66,21 +66,7 @@ func snapshotTable(snaps ...client.Snapshot) table {
 }
 
 func (a *app) snapshotLs() *cobra.Command {
-	return &cobra.Command{
-		Use:     "ls",
-		Aliases: []string{"list"},
-		Short:   "List snapshots",
-		Args:    cobra.NoArgs,
-		RunE: a.verb(func(ctx context.Context, _ []string) error {
-			return a.withClient(ctx, func(c *client.Client) error {
-				snaps, err := c.Snapshots(ctx)
-				if err != nil {
-					return err
-				}
-				return a.print(snaps, snapshotTable(snaps...))
-			})
-		}),
-	}
+	return lister(a, "List snapshots", (*client.Client).Snapshots, snapshotTable)
 }
 
 func (a *app) snapshotInfo() *cobra.Command {
