@@ -81,7 +81,9 @@ var mayImport = map[string][]string{
 	},
 	"internal/vmm/fake":    {"internal/agent", "internal/errdef", "internal/undo", "internal/vmm"},
 	"internal/vmm/vmmtest": {"internal/errdef", "internal/guest", "internal/vmm"},
-	"internal/vmtest":      {"internal/image", "internal/vmm"},
+	"internal/vmtest": {
+		"internal/durable", "internal/image", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/qemu",
+	},
 }
 
 // onlyForTests are packages that no program may contain. Any test may import

@@ -1,17 +1,26 @@
-// Package vmtest gives tests that boot machines what they boot: one image and
-// one state directory, built once and shared by all packages and all runs.
+// Package vmtest gives tests that boot machines what they boot: one image, one
+// snapshot and one state directory, made once and shared by all packages and
+// all runs.
 //
 // It never skips: on a machine that cannot build the image the test fails, and
 // says what is missing.
 package vmtest
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/qemu"
 )
 
 // Source is what the test image is built from.
@@ -30,20 +39,10 @@ func StateDir(t testing.TB) string {
 	return dir
 }
 
-// Agent is the path of the agent's binary, which make builds.
-func Agent(t testing.TB) string {
-	t.Helper()
-	path := filepath.Join(repository(t), "bin", "tine-agent")
-	if _, err := os.Stat(path); err != nil {
-		t.Fatalf("%v; run make build first", err)
-	}
-	return path
-}
-
 // Images is the shared image store.
 func Images(t testing.TB) *image.Store {
 	t.Helper()
-	store, err := image.Open(image.Config{Dir: filepath.Join(StateDir(t), "images"), Agent: Agent(t)})
+	store, err := image.Open(image.Config{Dir: filepath.Join(StateDir(t), "images"), Agent: Program(t, "tine-agent")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,6 +57,70 @@ func Image(t testing.TB) image.Image {
 		t.Fatal(err)
 	}
 	return img
+}
+
+// Engine is QEMU's software emulation, which works on every machine.
+func Engine(t testing.TB) vmm.Engine {
+	t.Helper()
+	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return engine
+}
+
+// Imports are the modules that the interpreter of the shared snapshot has
+// loaded.
+func Imports() []string { return []string{"json", "os", "random", "ssl", "time", "uuid"} }
+
+// SnapshotTag is the tag of the shared snapshot.
+const SnapshotTag = "py"
+
+// Snapshot is the shared store and the snapshot in it of the shared image, in
+// 256 MiB and on Engine: made anew if there is none, or if it is of another
+// image or engine. Tests must not change it.
+func Snapshot(t testing.TB) (*snapshot.Store, snapshot.Snapshot) {
+	t.Helper()
+	img := Image(t)
+	store, err := snapshot.Open(filepath.Join(StateDir(t), "snapshots"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := durable.Lock(t.Context(), filepath.Join(StateDir(t), "snapshot.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if unlockErr := durable.Unlock(lock); unlockErr != nil {
+			t.Error(unlockErr)
+		}
+	}()
+	snap, err := template(t, store, img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return store, snap
+}
+
+func template(t testing.TB, store *snapshot.Store, img image.Image) (_ snapshot.Snapshot, err error) {
+	m, err := sandbox.NewManager(t.Context(), sandbox.Config{
+		Dir: filepath.Join(StateDir(t), "sandboxes"), Engine: Engine(t), Snapshots: store, Images: Images(t), Ephemeral: true,
+	})
+	if err != nil {
+		return snapshot.Snapshot{}, err
+	}
+	defer func() { err = errors.Join(err, m.Close(context.WithoutCancel(t.Context()))) }()
+	snap, err := store.Resolve(SnapshotTag)
+	if err == nil && snap.Manifest.Image == img.Digest && hasImports(snap) && m.CanFork(t.Context(), SnapshotTag) == nil {
+		return snap, nil
+	}
+	return m.CreateSnapshot(t.Context(), sandbox.SnapshotRequest{
+		Tag: SnapshotTag, Image: img.Digest, Imports: Imports(), Replace: true,
+	})
+}
+
+func hasImports(snap snapshot.Snapshot) bool {
+	return slices.Contains(snap.Manifest.Warmup, "import "+strings.Join(Imports(), ", "))
 }
 
 // Boot is how to boot an image.

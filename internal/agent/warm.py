@@ -1,0 +1,179 @@
+# Tine's warm interpreter for Python. The agent starts it with requests on fd 3
+# and replies on fd 4, one JSON object a line; see docs/formats/interpreter.md.
+import ast
+import json
+import os
+import signal
+import sys
+import traceback
+
+REQUESTS, REPLIES = 3, 4
+FILENAME = "<tine>"
+MAX_VALUE = 1 << 20
+
+for fd in (REQUESTS, REPLIES):
+    os.set_inheritable(fd, False)
+
+
+class State:
+    """What the loop keeps between requests."""
+
+    def __init__(self):
+        import types
+
+        module = types.ModuleType("__main__")
+        module.__dict__["__builtins__"] = __builtins__
+        sys.modules["__main__"] = module
+        self.namespace = module.__dict__
+        self.count = 0
+
+
+def send(reply):
+    # The newline before ends what user code may have written to the descriptor.
+    data = ("\n" + json.dumps(reply) + "\n").encode("utf-8", "surrogatepass")
+    view = memoryview(data)
+    while view:
+        view = view[os.write(REPLIES, view):]
+
+
+def lines():
+    """Yields the lines of fd 3."""
+    buffer = bytearray()
+    while True:
+        chunk = os.read(REQUESTS, 65536)
+        if not chunk:
+            return
+        buffer += chunk
+        while True:
+            end = buffer.find(b"\n")
+            if end < 0:
+                break
+            line = bytes(buffer[:end])
+            del buffer[:end + 1]
+            yield line
+
+
+def remember_source(filename, code):
+    """Lets tracebacks quote lines of code that is in no file."""
+    import linecache
+
+    linecache.cache[filename] = (len(code), None, code.splitlines(True), filename)
+
+
+def evaluate(state, code):
+    """Runs code as a notebook does; returns the last expression's value."""
+    state.count += 1
+    filename = "<tine-%d>" % state.count
+    remember_source(filename, code)
+    tree = ast.parse(code, filename)
+    last = None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = ast.Expression(tree.body.pop().value)
+    exec(compile(tree, filename, "exec"), state.namespace)
+    if last is None:
+        return None
+    value = eval(compile(last, filename, "eval"), state.namespace)
+    if value is not None:
+        state.namespace["_"] = value
+    return value
+
+
+def describe(value):
+    """The value as text, and as JSON where it can be that."""
+    if value is None:
+        return {"value": None}
+    text = repr(value)
+    reply = {"value": text[:MAX_VALUE]}
+    try:
+        encoded = json.dumps(value, allow_nan=False)
+        if len(encoded) <= MAX_VALUE:
+            reply["value_json"] = json.loads(encoded)
+    except (TypeError, ValueError, RecursionError, OverflowError):
+        pass
+    return reply
+
+
+def error_of(exc):
+    """The exception, with the user's own frames only."""
+    tb = exc.__traceback__
+    while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        tb = tb.tb_next
+    try:
+        lines = traceback.format_exception(type(exc), exc, tb)
+        message = str(exc)
+    except BaseException as other:
+        lines, message = [repr(other)], "<unprintable>"
+    return {
+        "type": type(exc).__name__,
+        "message": message[:MAX_VALUE],
+        "traceback": "".join(lines)[-MAX_VALUE:],
+    }
+
+
+def flush():
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BaseException:
+            pass
+
+
+def answer(state, request):
+    reply = {"id": request.get("id"), "value": None, "error": None}
+    try:
+        reply.update(describe(evaluate(state, request["code"])))
+    except BaseException as exc:
+        reply["error"] = error_of(exc)
+    return reply
+
+
+def forked():
+    """Makes sure that no generator goes on where the parent's stood."""
+    seed = os.urandom(32)
+    if "random" in sys.modules:
+        sys.modules["random"].seed(seed)
+    if "numpy.random" in sys.modules:
+        words = [int.from_bytes(seed[i:i + 4], "little") for i in range(0, 32, 4)]
+        sys.modules["numpy.random"].seed(words)
+    if "ssl" in sys.modules:
+        sys.modules["ssl"].RAND_add(seed, 32.0)
+    if "uuid" in sys.modules:
+        uuid = sys.modules["uuid"]
+        uuid._node = None
+        uuid._last_timestamp = None
+    if "tempfile" in sys.modules:
+        sys.modules["tempfile"]._name_sequence = None
+
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
+def idle(signum, frame):
+    pass
+
+
+def main():
+    sys.argv = [""]
+    sys.path.insert(0, "")
+    state = State()
+    signal.signal(signal.SIGINT, idle)
+    send({"ready": True, "language": "python", "version": sys.version.split()[0]})
+    for line in lines():
+        if line.startswith(b'{"id":0,"op":"forked"'):
+            forked()
+            os.write(REPLIES, b'\n{"id":0,"forked":true}\n')
+            continue
+        request = json.loads(line)
+        try:
+            signal.signal(signal.SIGINT, interrupt)
+            reply = answer(state, request)
+            signal.signal(signal.SIGINT, idle)
+        except KeyboardInterrupt as exc:  # it came between the two
+            signal.signal(signal.SIGINT, idle)
+            reply = {"id": request.get("id"), "value": None, "error": error_of(exc)}
+        flush()
+        send(reply)
+
+
+main()

@@ -1,0 +1,414 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guest"
+	"github.com/tinevm/tine/internal/vmm"
+)
+
+// box is one sandbox and its machine. From admit on its goroutine, live, is
+// the only one that ends it.
+type box struct {
+	m  *Manager
+	id string
+	vm vmm.VM // nil when the machine was gone before this process came
+
+	// ctx ends when the sandbox can be used no more; its cause says why.
+	ctx  context.Context
+	stop context.CancelCauseFunc
+
+	orders  chan order
+	over    chan struct{} // closed when live has returned
+	overErr error         // what later orders get; set before over is closed
+	retry   time.Time     // after a failure to end it: when to try again; only for live
+
+	mu      sync.Mutex
+	record  record
+	removed bool          // its directory is, or is about to be
+	client  *guest.Client // the present session, or nil
+	inUse   int           // Withs under way
+	doomed  bool          // it is to end, and live tries until it has
+
+	dialling chan struct{} // a token held by whoever dials the agent
+	retime   chan struct{} // tells live that the time to live has changed
+}
+
+// order tells live to let go of the sandbox.
+type order struct {
+	what action
+	done chan error // has room for the answer
+}
+
+type action bool
+
+const (
+	end   action = true  // the machine ends, and all of it is removed
+	leave action = false // the machine goes on without this process
+)
+
+// Why a sandbox can be used no more, beside errClosed and its own death.
+var (
+	errRemoved = fmt.Errorf("%w: it was removed", errdef.ErrNotFound)
+	errExpired = fmt.Errorf("%w: its time was up", errdef.ErrNotFound)
+)
+
+func newBox(m *Manager, vm vmm.VM, r record) *box {
+	b := &box{
+		m: m, id: r.ID, vm: vm, record: r,
+		orders:   make(chan order),
+		over:     make(chan struct{}),
+		dialling: make(chan struct{}, 1),
+		retime:   make(chan struct{}, 1),
+	}
+	b.ctx, b.stop = context.WithCancelCause(context.WithoutCancel(m.ctx))
+	if r.State == Dead {
+		b.stop(deadError(r.Reason))
+	}
+	return b
+}
+
+func deadError(reason string) error {
+	return fmt.Errorf("%w: it is dead: %s", errdef.ErrConflict, reason)
+}
+
+func (b *box) info() Info {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.record.Info
+}
+
+// listed reports whether the sandbox was handed out.
+func (b *box) listed() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.record.State != Creating
+}
+
+// live waits for the sandbox's end, whichever way it comes, and ends it.
+func (b *box) live() {
+	defer close(b.over)
+	defer b.stop(errRemoved) // has been called by then; this frees the context
+	var gone <-chan struct{}
+	if b.vm != nil {
+		gone = b.vm.Done()
+	}
+	for over := false; !over; {
+		timer := time.NewTimer(b.untilExpiry())
+		select {
+		case o := <-b.orders:
+			err := b.obey(o.what)
+			over = err == nil || o.what == leave
+			o.done <- err
+		case <-gone:
+			gone = nil // listed as dead until it is removed
+			over = b.died()
+		case <-b.retime:
+		case <-timer.C:
+			over = b.expire()
+		}
+		timer.Stop()
+	}
+}
+
+func (b *box) obey(what action) error {
+	if what == end {
+		b.mu.Lock()
+		b.doomed = true
+		b.stop(errRemoved)
+		b.mu.Unlock()
+		return b.destroy()
+	}
+	b.stop(errClosed)
+	b.overErr = fmt.Errorf("sandbox %s: %w", b.id, errClosed)
+	b.hangUp()
+	b.m.remove(b)
+	if b.vm == nil {
+		return nil
+	}
+	return b.vm.Detach()
+}
+
+// order gives live an order and waits until it is carried out, or ctx ends. An
+// order that has been taken is carried out even then.
+func (b *box) order(ctx context.Context, what action) error {
+	o := order{what: what, done: make(chan error, 1)}
+	select {
+	case b.orders <- o:
+	case <-b.over:
+		if what == leave {
+			return nil // it is gone, or left
+		}
+		return b.overErr
+	case <-ctx.Done():
+		return fmt.Errorf("end sandbox %s: %w", b.id, context.Cause(ctx))
+	}
+	select {
+	case err := <-o.done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("end sandbox %s: %w", b.id, context.Cause(ctx))
+	}
+}
+
+// never is a wait that no sandbox outlives.
+const never = 1000 * time.Hour
+
+// untilExpiry is how long the sandbox may go on if nothing happens.
+func (b *box) untilExpiry() time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return max(b.restLocked(), time.Until(b.retry))
+}
+
+// restLocked is how much is left of the sandbox's time.
+func (b *box) restLocked() time.Duration {
+	rest := never
+	r := &b.record
+	if b.doomed {
+		rest = 0
+	}
+	if !r.ExpiresAt.IsZero() {
+		rest = min(rest, time.Until(r.ExpiresAt))
+	}
+	if r.IdleTTL > 0 && b.inUse == 0 {
+		rest = min(rest, time.Until(r.LastActive.Add(r.IdleTTL)))
+	}
+	return rest
+}
+
+// expire ends the sandbox if its time is still up.
+func (b *box) expire() (over bool) {
+	b.mu.Lock()
+	up := b.restLocked() <= 0
+	first := up && !b.doomed
+	if up {
+		b.doomed = true
+		b.stop(errExpired) // under the lock, so that no use begins now
+	}
+	b.mu.Unlock()
+	if !up {
+		return false
+	}
+	if first {
+		b.m.Logger.Info("sandbox expired", "sandbox", b.id)
+	}
+	return b.tryDestroy()
+}
+
+// died notes that the machine ended without being asked to.
+func (b *box) died() (over bool) {
+	reason := "the guest powered off or restarted"
+	if err := b.vm.Err(); err != nil {
+		reason = err.Error()
+	}
+	b.mu.Lock()
+	if b.record.State == Creating {
+		b.doomed = true // nobody will ever ask how it died
+	} else {
+		b.record.State, b.record.Reason = Dead, reason
+	}
+	doomed := b.doomed
+	err := b.saveLocked()
+	b.stop(deadError(reason))
+	b.mu.Unlock()
+	b.m.Logger.Warn("sandbox died", "sandbox", b.id, "reason", reason)
+	if err != nil {
+		b.m.Logger.Error("death not recorded", "sandbox", b.id, "error", err)
+	}
+	b.hangUp()
+	if !doomed {
+		return false
+	}
+	b.m.unpark(b)
+	return b.tryDestroy()
+}
+
+// tryDestroy is destroy when nobody is there to be told of an error.
+func (b *box) tryDestroy() (over bool) {
+	err := b.destroy()
+	if err != nil {
+		b.m.Logger.Error("sandbox could not be removed", "sandbox", b.id, "error", err)
+	}
+	return err == nil
+}
+
+// killTimeout bounds the wait for a killed machine's process to be gone. A
+// process in uninterruptible sleep is the only reason for a long one.
+const killTimeout = 30 * time.Second
+
+// destroy ends the machine and gives everything back: the directory after the
+// machine, so that one that could not be ended is found again, and the place
+// last, for only then is there room for another.
+func (b *box) destroy() error {
+	b.hangUp()
+	err := b.killMachine()
+	if err == nil {
+		b.mu.Lock()
+		b.removed = true
+		b.mu.Unlock()
+		err = os.RemoveAll(b.m.dir(b.id))
+	}
+	if err != nil {
+		b.retry = time.Now().Add(killTimeout)
+		return fmt.Errorf("end sandbox %s: %w", b.id, err)
+	}
+	b.m.remove(b)
+	return nil
+}
+
+func (b *box) killMachine() error {
+	if b.vm != nil {
+		return b.m.kill(b.vm)
+	}
+	strays, err := findMachines()
+	if err != nil {
+		return err
+	}
+	return endAll(strays[b.id])
+}
+
+// hangUp ends the session; stop has seen to it that there will be no other.
+func (b *box) hangUp() {
+	b.mu.Lock()
+	c := b.client
+	b.client = nil
+	b.mu.Unlock()
+	if c != nil {
+		_ = c.Close() // it only waits
+	}
+}
+
+// saveLocked writes the record, unless the sandbox is being removed.
+func (b *box) saveLocked() error {
+	if b.removed {
+		return nil
+	}
+	return b.record.save(b.m.Dir)
+}
+
+// use counts as activity from now until the function it returns is called.
+func (b *box) use() (done func(), err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ctx.Err() != nil {
+		return nil, context.Cause(b.ctx)
+	}
+	b.inUse++
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.inUse--
+		b.record.LastActive = time.Now()
+		b.recount()
+	}, nil
+}
+
+// recount makes live look at the time to live again.
+func (b *box) recount() {
+	select {
+	case b.retime <- struct{}{}:
+	default:
+	}
+}
+
+// session returns the session with the agent, and makes one when there is
+// none or when it broke.
+func (b *box) session(ctx context.Context) (*guest.Client, error) {
+	select {
+	case b.dialling <- struct{}{}:
+		defer func() { <-b.dialling }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	b.mu.Lock()
+	c := b.client
+	b.mu.Unlock()
+	if c != nil {
+		if c.Err() == nil {
+			return c, nil
+		}
+		_ = c.Close() // it has ended; this waits until it has let go of the line
+	}
+	c, err := dial(ctx, b.vm, nil)
+	if err != nil {
+		return nil, err
+	}
+	return c, b.adoptSession(c)
+}
+
+// adoptSession makes c the session, unless the sandbox is over.
+func (b *box) adoptSession(c *guest.Client) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ctx.Err() != nil {
+		_ = c.Close() // it only waits
+		return context.Cause(b.ctx)
+	}
+	b.client = c
+	return nil
+}
+
+// deathNotice is how long after its last word a machine's end may show.
+const deathNotice = 250 * time.Millisecond
+
+// explain adds to the error of a session that broke what became of its sandbox.
+func (b *box) explain(err error) error {
+	late := time.NewTimer(deathNotice)
+	defer late.Stop()
+	select {
+	case <-b.ctx.Done():
+	case <-late.C:
+		return err
+	}
+	why := context.Cause(b.ctx)
+	if errors.Is(err, why) {
+		return err
+	}
+	return fmt.Errorf("%w; sandbox %s: %s", err, b.id, why.Error()) // one category is enough
+}
+
+// sessionTimeout bounds how long an agent may take to answer a new session.
+const sessionTimeout = 20 * time.Second
+
+var errNoAnswer = fmt.Errorf("%w: the guest's agent did not answer", errdef.ErrTimeout)
+
+// dial opens a session, with a new identity for the guest when id is given;
+// then the caller bounds the time.
+func dial(ctx context.Context, vm vmm.VM, id *guest.Identity) (*guest.Client, error) {
+	if id == nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, sessionTimeout, errNoAnswer)
+		defer cancel()
+	}
+	stream, err := vm.Dial(ctx)
+	if err != nil {
+		return nil, cause(vm, err)
+	}
+	var c *guest.Client
+	if id == nil {
+		c, err = guest.Dial(ctx, stream)
+	} else {
+		c, err = guest.DialIdentity(ctx, stream, *id)
+	}
+	if err != nil {
+		return nil, cause(vm, err)
+	}
+	return c, nil
+}
+
+// cause adds to err the machine's end, if that is what it comes from.
+func cause(vm vmm.VM, err error) error {
+	select {
+	case <-vm.Done():
+		return errors.Join(err, vm.Err())
+	default:
+		return err
+	}
+}

@@ -1,0 +1,116 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/tinevm/tine/internal/durable"
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/undo"
+	"github.com/tinevm/tine/internal/vmm"
+)
+
+// recordVersion is the version of a record on disk; docs/formats/sandbox.md.
+const recordVersion = 1
+
+// recordFile is its name in the sandbox's directory.
+const recordFile = "sandbox.json"
+
+// maxRecord bounds what is read of one.
+const maxRecord = 1 << 20
+
+// record is what another process needs to take over, or clear away, a
+// sandbox: docs/formats/sandbox.md. It is there before the machine is, and is
+// written again when the sandbox is handed out and when it dies. A power cut
+// ends the machines too, so nothing waits for the disk.
+type record struct {
+	Version int `json:"version"`
+	Info
+	Handle vmm.Handle `json:"handle,omitzero"`
+	// Owner is the process whose end is this sandbox's; zero for none.
+	Owner process `json:"owner,omitzero"`
+}
+
+// process names a process for ever.
+type process struct {
+	PID       int    `json:"pid"`
+	StartTime uint64 `json:"start_time"`
+	BootID    string `json:"boot_id"`
+}
+
+// newSuffix is that of a directory whose record is not there yet. Nothing
+// runs in it.
+const newSuffix = ".new"
+
+// create makes the sandbox's directory under dir, with the record in it from
+// the first instant: a directory without one belongs to nobody.
+func (r *record) create(dir string) (err error) {
+	path := filepath.Join(dir, r.ID)
+	defer func() { err = durable.Describe("create", path, err) }()
+	if err = os.Mkdir(path+newSuffix, 0o700); err != nil {
+		return err
+	}
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	u.Add(func() error { return os.RemoveAll(path + newSuffix) })
+	data, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err = os.WriteFile(filepath.Join(path+newSuffix, recordFile), data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+newSuffix, path)
+}
+
+// save writes the record into its directory under dir.
+func (r *record) save(dir string) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("encode record of sandbox %s: %w", r.ID, err)
+	}
+	if err := durable.Replace(filepath.Join(dir, r.ID, recordFile), data, 0o600); err != nil {
+		return fmt.Errorf("write record of sandbox %s: %w", r.ID, err)
+	}
+	return nil
+}
+
+// readRecord reads the record in the directory dir.
+func readRecord(dir string) (record, error) {
+	f, err := os.Open(filepath.Join(dir, recordFile))
+	if err != nil {
+		return record{}, err
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxRecord))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return record{}, err
+	}
+	return decodeRecord(data, filepath.Base(dir))
+}
+
+// decodeRecord reads the record of the sandbox id. It returns
+// errdef.ErrUnsupported for one that another version of Tine wrote.
+func decodeRecord(data []byte, id string) (record, error) {
+	var head struct {
+		Version int `json:"version"`
+	}
+	var r record
+	err := json.Unmarshal(data, &head)
+	if err == nil && head.Version != recordVersion && head.Version > 0 {
+		return record{}, fmt.Errorf("%w: record of sandbox %s: version %d", errdef.ErrUnsupported, id, head.Version)
+	}
+	if err == nil {
+		err = json.Unmarshal(data, &r)
+	}
+	if err == nil && (r.Version != recordVersion || r.ID != id) {
+		err = fmt.Errorf("version %d, id %q", r.Version, r.ID)
+	}
+	if err != nil {
+		return record{}, fmt.Errorf("%w: record of sandbox %s: %w", errdef.ErrInvalid, id, err)
+	}
+	return r, nil
+}

@@ -1,0 +1,206 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/linux"
+)
+
+// recover goes through what earlier processes left. A sandbox whose machine
+// still runs is adopted, unless it belongs to a process: then it stays with
+// that one, or goes if that one is gone. What has no machine any more is
+// listed as dead if it had been handed out, and cleared away if not. What
+// cannot be understood is left alone.
+func (m *Manager) recover(ctx context.Context) error {
+	entries, err := os.ReadDir(m.Dir)
+	if err != nil {
+		return fmt.Errorf("read sandbox directory: %w", err)
+	}
+	machines, err := findMachines()
+	if err != nil {
+		return fmt.Errorf("recover sandboxes: %w", err)
+	}
+	var errs []error
+	for _, e := range entries {
+		name := e.Name()
+		err = nil
+		switch {
+		case !e.IsDir():
+		case isID(name):
+			err = m.recoverOne(ctx, name, machines[name])
+		case isID(strings.TrimSuffix(name, newSuffix)):
+			err = m.clearUnborn(e)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("recover sandbox %s: %w", name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (m *Manager) recoverOne(ctx context.Context, id string, machines []process) error {
+	r, err := readRecord(m.dir(id))
+	switch {
+	case errors.Is(err, errdef.ErrUnsupported):
+		m.Logger.WarnContext(ctx, "sandbox of another version left alone", "sandbox", id, "error", err)
+		return nil
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errdef.ErrInvalid):
+		if m.Ephemeral {
+			return nil // another process may be removing it, or the daemon will
+		}
+		return m.clear(id, machines)
+	case err != nil:
+		return err
+	case r.Owner != process{}:
+		alive, aliveErr := r.Owner.alive()
+		if alive || aliveErr != nil {
+			return aliveErr
+		}
+		return m.clear(id, machines)
+	case m.Ephemeral:
+		return nil // the daemon's
+	case r.State == Creating:
+		return m.clear(id, machines)
+	}
+	m.adopt(ctx, r)
+	return nil
+}
+
+// adopt lists a sandbox again, with its machine if that still runs. It takes
+// a place even where there is none: limits are for what is to come.
+func (m *Manager) adopt(ctx context.Context, r record) {
+	vm, err := m.Engine.Adopt(ctx, r.Handle)
+	switch {
+	case err == nil:
+		r.State, r.Reason = Running, ""
+	case r.State == Dead:
+	case r.Engine != m.Engine.Name():
+		r.State, r.Reason = Dead, fmt.Sprintf("it runs on %s, and the daemon now uses %s", r.Engine, m.Engine.Name())
+	case errors.Is(err, errdef.ErrNotFound):
+		r.State, r.Reason = Dead, "its machine ended while no daemon ran"
+	default:
+		r.State, r.Reason = Dead, "its machine could not be adopted: "+err.Error()
+	}
+	if err != nil {
+		vm = nil // not an interface that holds nil
+	}
+	r.LastActive = time.Now() // its clients could not use it
+	m.Logger.InfoContext(ctx, "sandbox adopted", "sandbox", r.ID, "state", r.State, "pid", r.PID)
+	b := newBox(m, vm, r)
+	m.mu.Lock()
+	m.held++
+	m.boxes[b.id] = b
+	m.lives.Go(b.live)
+	m.mu.Unlock()
+}
+
+// clear kills whatever runs in the directory of sandbox id and removes it.
+func (m *Manager) clear(id string, machines []process) error {
+	if err := endAll(machines); err != nil {
+		return err
+	}
+	m.Logger.Info("sandbox cleared", "sandbox", id, "processes", len(machines))
+	return os.RemoveAll(m.dir(id))
+}
+
+// unborn is how old a directory without a record is when its maker is dead.
+const unborn = time.Minute
+
+func (m *Manager) clearUnborn(e fs.DirEntry) error {
+	info, err := e.Info()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil || time.Since(info.ModTime()) < unborn {
+		return err
+	}
+	return os.RemoveAll(m.dir(e.Name()))
+}
+
+// thisProcess names the process that we are.
+func thisProcess() (process, error) {
+	boot, err := linux.BootID()
+	if err != nil {
+		return process{}, err
+	}
+	pid := os.Getpid()
+	start, err := linux.StartTime(pid)
+	return process{PID: pid, StartTime: start, BootID: boot}, err
+}
+
+func (p process) alive() (bool, error) {
+	boot, err := linux.BootID()
+	if err != nil || boot != p.BootID {
+		return false, err
+	}
+	open, err := linux.OpenProcess(p.PID, p.StartTime)
+	if errors.Is(err, errdef.ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, open.Close()
+}
+
+// machineName is the argument that every machine's process has, whatever its
+// record says of it.
+const machineName = "tine-"
+
+// findMachines returns the processes that are machines, by the sandbox's id.
+func findMachines() (map[string][]process, error) {
+	found := map[string][]process{}
+	_, err := linux.FindProcesses(func(pid int, argv []string) bool {
+		for _, arg := range argv {
+			id, ok := strings.CutPrefix(arg, machineName)
+			if !ok || !isID(id) {
+				continue
+			}
+			// Now, while the pid is still the one with these arguments.
+			if start, startErr := linux.StartTime(pid); startErr == nil {
+				found[id] = append(found[id], process{PID: pid, StartTime: start})
+			}
+			break
+		}
+		return false
+	})
+	return found, err
+}
+
+// endAll kills processes and waits for their end.
+func endAll(processes []process) error {
+	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
+	defer cancel()
+	var errs []error
+	for _, p := range processes {
+		errs = append(errs, p.end(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+func (p process) end(ctx context.Context) error {
+	open, err := linux.OpenProcess(p.PID, p.StartTime)
+	if errors.Is(err, errdef.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	err = open.Signal(unix.SIGKILL)
+	if errors.Is(err, errdef.ErrNotFound) {
+		err = nil // it was faster
+	}
+	if err == nil {
+		err = open.Wait(ctx)
+	}
+	return errors.Join(err, open.Close())
+}

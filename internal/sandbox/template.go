@@ -1,0 +1,267 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guest"
+	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/progress"
+	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/vmm"
+)
+
+// CreateSnapshot boots an image, warms it up, freezes it and stores it. When
+// it replaces a snapshot that has a pool, the new one has that pool.
+func (m *Manager) CreateSnapshot(ctx context.Context, req SnapshotRequest) (snapshot.Snapshot, error) {
+	ctx, done, err := m.begin(ctx)
+	if err != nil {
+		return snapshot.Snapshot{}, err
+	}
+	defer done()
+	old, _ := m.Snapshots.Resolve(req.Tag) // there need not be one
+	snap, err := m.createSnapshot(ctx, req)
+	if err != nil {
+		return snapshot.Snapshot{}, fmt.Errorf("create snapshot %s: %w", req.Tag, err)
+	}
+	if old.Digest != snap.Digest {
+		if err = m.movePool(ctx, old.Digest, req.Tag); err != nil {
+			m.Logger.WarnContext(ctx, "pool not moved to new snapshot", "snapshot", req.Tag, "error", err)
+		}
+	}
+	return snap, nil
+}
+
+func (m *Manager) createSnapshot(ctx context.Context, req SnapshotRequest) (_ snapshot.Snapshot, err error) {
+	img, err := m.Images.Get(req.Image)
+	if err != nil {
+		return snapshot.Snapshot{}, err
+	}
+	begin := m.Snapshots.Stage
+	if req.Replace {
+		begin = m.Snapshots.StageReplace
+	}
+	stage, err := begin(ctx, req.Tag)
+	if err != nil {
+		return snapshot.Snapshot{}, err
+	}
+	defer func() { err = errors.Join(err, stage.Abort()) }()
+	t := &template{m: m, img: img, req: req, stage: stage, shape: m.shape(req.Machine)}
+	if err = t.make(ctx); err != nil {
+		return snapshot.Snapshot{}, err
+	}
+	if _, err = m.Images.Get(img.Digest); err != nil {
+		return snapshot.Snapshot{}, fmt.Errorf("%w: its image was removed meanwhile: %s", errdef.ErrConflict, err.Error())
+	}
+	return stage.Commit(ctx, t.manifest(), t.facts)
+}
+
+func (m *Manager) shape(asked vmm.Machine) vmm.Machine {
+	shape := m.Machine
+	if asked.MemoryMiB != 0 {
+		shape.MemoryMiB = asked.MemoryMiB
+	}
+	if asked.VCPUs != 0 {
+		shape.VCPUs = asked.VCPUs
+	}
+	return shape
+}
+
+// template is a machine on its way to become a snapshot.
+type template struct {
+	m         *Manager
+	img       image.Image
+	req       SnapshotRequest
+	stage     *snapshot.Stage
+	shape     vmm.Machine
+	vm        vmm.VM
+	client    *guest.Client
+	languages []string
+	facts     snapshot.Facts
+}
+
+func (t *template) manifest() snapshot.Manifest {
+	warmup := append(append([]string{}, t.img.Manifest.Warmup...), t.req.Warmup...)
+	if imports := t.imports(); len(imports) > 0 {
+		warmup = append(warmup, "import "+strings.Join(imports, ", "))
+	}
+	return snapshot.Manifest{
+		Engine: t.m.Engine.Name(), EngineVersion: t.m.Engine.Version(), Machine: t.shape,
+		Image: t.img.Digest, Warmup: warmup, Languages: t.languages,
+	}
+}
+
+func (t *template) imports() []string {
+	return append(append([]string{}, t.img.Manifest.Imports...), t.req.Imports...)
+}
+
+// make runs the template up to its frozen state. Its machine is gone when it
+// returns, whichever way.
+func (t *template) make(ctx context.Context) (err error) {
+	if err = t.m.hold(1); err != nil {
+		return err
+	}
+	defer t.m.drop()
+	leave, err := t.m.enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
+	r := t.m.newRecord(newID())
+	r.Machine, r.Owner = t.shape, t.m.self // half a template is of no use to anyone
+	if err = r.create(t.m.Dir); err != nil {
+		return err
+	}
+	// Its directory goes only after its machine, so that what could not be
+	// ended is found again.
+	defer func() {
+		if err = errors.Join(err, t.kill()); t.vm == nil {
+			err = errors.Join(err, os.RemoveAll(t.m.dir(r.ID)))
+		}
+	}()
+	if err = t.boot(ctx, r.ID); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, t.client.Close()) }()
+	if err = t.warm(ctx); err != nil {
+		return cause(t.vm, err)
+	}
+	return t.freeze(ctx)
+}
+
+// kill ends the template's machine, if there is one.
+func (t *template) kill() error {
+	if t.vm == nil {
+		return nil
+	}
+	err := t.m.kill(t.vm)
+	if err == nil {
+		t.vm = nil
+	}
+	return err
+}
+
+// boot starts the machine and waits for its agent.
+func (t *template) boot(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, t.m.Limits.Boot, errNoAnswer)
+	defer cancel()
+	progress.Report(ctx, "boot", "booting the template")
+	start := time.Now()
+	spec := vmm.StartSpec{
+		Common: t.m.common(id, t.shape, t.img.RootPath()),
+		Boot:   vmm.Boot{Kernel: t.img.KernelPath(), Initrd: t.img.InitrdPath()},
+		Memory: t.stage.MemoryPath(),
+	}
+	spec.DieWithParent = true
+	vm, err := t.m.Engine.Start(ctx, spec)
+	if err != nil {
+		return err
+	}
+	t.vm = vm
+	first := guest.NewIdentity("tine", id)
+	if t.client, err = dial(ctx, vm, &first); err != nil {
+		return t.explain(ctx, err)
+	}
+	t.facts.BootMS = time.Since(start).Milliseconds()
+	progress.Report(ctx, "boot", fmt.Sprintf("guest is up after %.1f s", time.Since(start).Seconds()))
+	return nil
+}
+
+// explain adds what the guest's kernel said last to why it did not come up.
+func (t *template) explain(ctx context.Context, err error) error {
+	teller, ok := t.vm.(interface {
+		Console(ctx context.Context) (string, error)
+	})
+	if !ok {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	text, consoleErr := teller.Console(ctx)
+	if consoleErr != nil || text == "" {
+		return err
+	}
+	return fmt.Errorf("%w; the guest's console ends: %q", err, text[max(0, len(text)-400):])
+}
+
+// warm starts the interpreters and runs the warm-up commands.
+func (t *template) warm(ctx context.Context) error {
+	for _, in := range t.img.Manifest.Interpreters {
+		if err := t.warmInterpreter(ctx, in.Name); err != nil {
+			return err
+		}
+		t.languages = append(t.languages, in.Name)
+	}
+	for _, line := range append(append([]string{}, t.img.Manifest.Warmup...), t.req.Warmup...) {
+		progress.Report(ctx, "warm", "running "+line)
+		if err := t.runWarmup(ctx, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *template) warmInterpreter(ctx context.Context, name string) error {
+	ctx, cancel := t.bound(ctx)
+	defer cancel()
+	progress.Report(ctx, "warm", "starting the warm "+name+" interpreter")
+	if _, err := t.client.Warm(ctx, name, nil, t.imports()); err != nil {
+		return fmt.Errorf("start the %s interpreter: %w", name, err)
+	}
+	return nil
+}
+
+// warmupGrace is how long after its own bound an agent may take to say that a
+// command has passed it.
+const warmupGrace = 15 * time.Second
+
+// bound is for what the agent itself bounds, lest a guest that hangs hold us.
+func (t *template) bound(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, t.m.Limits.Warmup+warmupGrace, errNoAnswer)
+}
+
+// maxWarmupOutput is how much of a warm-up command's output is kept.
+const maxWarmupOutput = 1 << 20
+
+func (t *template) runWarmup(ctx context.Context, line string) error {
+	ctx, cancel := t.bound(ctx)
+	defer cancel()
+	spec := guest.ExecSpec{Argv: []string{"/bin/sh", "-c", line}, Timeout: t.m.Limits.Warmup}
+	res, err := t.client.Run(ctx, spec, nil, maxWarmupOutput)
+	if err != nil {
+		return fmt.Errorf("warm-up %q: %w", line, err)
+	}
+	if res.Truncated {
+		return fmt.Errorf("%w: warm-up %q: more than %d bytes of output", errdef.ErrInvalid, line, maxWarmupOutput)
+	}
+	if res.Exit.TimedOut {
+		return fmt.Errorf("%w: warm-up %q: not done after %s", errdef.ErrTimeout, line, t.m.Limits.Warmup)
+	}
+	if res.Exit.Code != 0 {
+		tail := res.Stderr[max(0, len(res.Stderr)-500):]
+		return fmt.Errorf("%w: warm-up %q: exit status %d: %s", errdef.ErrInvalid, line, res.Exit.Code, strings.TrimSpace(string(tail)))
+	}
+	return nil
+}
+
+// freeze leaves memory and device state in the stage.
+func (t *template) freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, t.m.Limits.Boot, errNoAnswer)
+	defer cancel()
+	progress.Report(ctx, "freeze", "freezing the template")
+	if err := t.client.Quiesce(ctx); err != nil {
+		return cause(t.vm, err)
+	}
+	if err := t.client.Close(); err != nil {
+		return err
+	}
+	start := time.Now()
+	err := t.vm.Freeze(ctx, t.stage.DevicePath())
+	t.facts.SnapshotMS = time.Since(start).Milliseconds()
+	return err
+}
