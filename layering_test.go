@@ -57,7 +57,7 @@ var mayImport = map[string][]string{
 	"cmd/tine-agent": {"internal/agent"},
 	"internal/assemble": {
 		"client", "internal/bench", "internal/cli", "internal/daemon", "internal/demo", "internal/doctor",
-		"internal/engines", "internal/errdef", "internal/undo", "internal/wire",
+		"internal/engines", "internal/errdef", "internal/image", "internal/undo", "internal/wire",
 	},
 	"internal/bench": {
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/linux",
@@ -94,6 +94,7 @@ var onlyForTests = []string{"internal/api/apitest", "internal/vmm/fake", "intern
 // row and what is only for tests.
 var testsMayImport = map[string][]string{
 	"client":           {"internal/api"},
+	"cmd/tine":         {"internal/linux"},
 	"internal/agent":   {"internal/guest"},
 	"internal/bench":   {"internal/vmm/qemu"},
 	"internal/guest":   {"internal/agent"},

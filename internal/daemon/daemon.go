@@ -181,8 +181,8 @@ func listenSocket(ctx context.Context, path string) (net.Listener, error) {
 	// Nobody else may connect, from the first moment on.
 	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var chmodErr error
-		err := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
-		return errors.Join(err, chmodErr)
+		controlErr := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(controlErr, chmodErr)
 	}}
 	ln, err := private.Listen(ctx, "unix", path)
 	if err != nil {
@@ -197,8 +197,9 @@ func listenTCP(ctx context.Context, addr string) (net.Listener, error) {
 		return nil, fmt.Errorf("%w: listen address %q: %w", errdef.ErrInvalid, addr, err)
 	}
 	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		err := fmt.Errorf("%w: refusing to listen on %s without authentication", errdef.ErrDenied, addr)
-		return nil, errdef.WithHint(err, "use a loopback address: --listen 127.0.0.1:8889")
+		return nil, errdef.WithHint(
+			fmt.Errorf("%w: refusing to listen on %s without authentication", errdef.ErrDenied, addr),
+			"use a loopback address: --listen 127.0.0.1:8889")
 	}
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "tcp", addr)
