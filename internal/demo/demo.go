@@ -191,7 +191,7 @@ func show(opts Options, res *Result) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(opts.Out, "\ncold boot to agent %.0f ms; fork to first result %.0f ms for the first, %.0f ms for the last of %d side by side (%s)\n"+
+	_, err := fmt.Fprintf(opts.Out, "\ncold boot to a warm interpreter %.0f ms; fork to first result %.0f ms for the first, %.0f ms for the last of %d side by side (%s)\n"+
 		"demo: %d/%d forks answered\n", res.ColdMS, res.FirstMS, res.SlowestMS, opts.N, res.Engine, res.Answered, opts.N)
 	return err
 }

@@ -18,6 +18,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -51,7 +52,7 @@ func DefaultLimits() Limits {
 	return Limits{
 		Sandboxes: 1024,
 		Fork:      1000,
-		Starts:    8,
+		Starts:    max(2, runtime.NumCPU()), // more would all be late
 		Boot:      2 * time.Minute,
 		Identity:  time.Minute,
 		Warmup:    5 * time.Minute,

@@ -124,6 +124,7 @@ func (t *template) make(ctx context.Context) (err error) {
 			err = errors.Join(err, os.RemoveAll(t.m.dir(r.ID)))
 		}
 	}()
+	start := time.Now()
 	if err = t.boot(ctx, r.ID); err != nil {
 		return err
 	}
@@ -131,6 +132,7 @@ func (t *template) make(ctx context.Context) (err error) {
 	if err = t.warm(ctx); err != nil {
 		return cause(t.vm, err)
 	}
+	t.facts.BootMS = time.Since(start).Milliseconds()
 	return t.freeze(ctx)
 }
 
@@ -167,7 +169,6 @@ func (t *template) boot(ctx context.Context, id string) error {
 	if t.client, err = dial(ctx, vm, &first); err != nil {
 		return t.explain(ctx, err)
 	}
-	t.facts.BootMS = time.Since(start).Milliseconds()
 	progress.Report(ctx, "boot", fmt.Sprintf("guest is up after %.1f s", time.Since(start).Seconds()))
 	return nil
 }

@@ -36,10 +36,32 @@ func (c *child) wait() error { return c.cmd.Wait() }
 func (c *child) kill() error { return c.cmd.Process.Kill() }
 
 // adopted is a QEMU that an earlier process started.
-type adopted struct{ p *linux.Process }
+type adopted struct {
+	p *linux.Process
 
-func (a *adopted) wait() error { return a.p.Wait(context.Background()) }
-func (a *adopted) kill() error { return a.p.Signal(unix.SIGKILL) }
+	mu   sync.Mutex // no signal is sent through a descriptor that is closed
+	over bool
+}
+
+// errUnwatched stands in for the exit status, which only a parent is told.
+var errUnwatched = errors.New("it was started by an earlier daemon, so its exit status is not known")
+
+func (a *adopted) wait() error {
+	err := a.p.Wait(context.Background())
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.over = true
+	return errors.Join(errUnwatched, err, a.p.Close())
+}
+
+func (a *adopted) kill() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.over {
+		return os.ErrProcessDone
+	}
+	return a.p.Signal(unix.SIGKILL)
+}
 
 // machine is one running QEMU.
 type machine struct {
@@ -49,9 +71,11 @@ type machine struct {
 	done    chan struct{}
 	err     error // set before done is closed
 
-	mu      sync.Mutex
-	control *monitor // dialled on first use
-	killed  bool
+	mu     sync.Mutex
+	killed bool
+
+	controlMu sync.Mutex // held while it is dialled
+	control   *monitor   // dialled on first use
 }
 
 func newVM(h vmm.Handle, p process, log *slog.Logger) *machine {
@@ -64,14 +88,12 @@ func newVM(h vmm.Handle, p process, log *slog.Logger) *machine {
 func (m *machine) watch() {
 	err := m.process.wait()
 	m.mu.Lock()
-	if m.control != nil {
-		_ = m.control.close()
-	}
 	if err != nil && !m.killed {
 		m.err = m.explain(err)
 	}
 	m.mu.Unlock()
 	close(m.done)
+	_ = m.hangUp() // nobody is at the other end
 }
 
 // explain adds the last line that QEMU wrote to the way it ended.
@@ -249,9 +271,12 @@ func (m *machine) Kill(ctx context.Context) error {
 }
 
 // Detach closes the control connection and leaves QEMU running.
-func (m *machine) Detach() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+func (m *machine) Detach() error { return m.hangUp() }
+
+// hangUp closes the control connection, if there is one.
+func (m *machine) hangUp() error {
+	m.controlMu.Lock()
+	defer m.controlMu.Unlock()
 	if m.control == nil {
 		return nil
 	}
@@ -286,8 +311,8 @@ func (m *machine) ended(err error) error {
 
 // monitor returns the control connection, made on first use.
 func (m *machine) monitor(ctx context.Context) (*monitor, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	m.controlMu.Lock()
+	defer m.controlMu.Unlock()
 	if m.control != nil && !m.control.broken() {
 		return m.control, nil
 	}

@@ -162,7 +162,7 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine in %s: %w", h.Dir, err)
 	}
-	return newVM(h, &adopted{process}, e.log), nil
+	return newVM(h, &adopted{p: process}, e.log), nil
 }
 
 // cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
