@@ -21,7 +21,7 @@ import (
 const (
 	optLink    = "tine.link"    // virtio-serial (default) or vsock
 	optRoot    = "tine.root"    // the root device, default /dev/pmem0
-	optUpper   = "tine.upper"   // the overlay's size as tmpfs takes it, default 75%
+	optUpper   = "tine.upper"   // the overlay's size as tmpfs takes it, default 50%: a full one is an error, not the end of a process
 	optReserve = "tine.reserve" // MiB of memory kept from processes, default 24
 	optPIDs    = "tine.pids"    // processes and threads at most, default by memory
 )
@@ -178,7 +178,7 @@ func (b *boot) mountRoot() error {
 	if err = mountImage(device, "/lower"); err != nil {
 		return err
 	}
-	if err = mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755,size="+b.option(optUpper, "75%")); err != nil {
+	if err = mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755,size="+b.option(optUpper, "50%")); err != nil {
 		return err
 	}
 	for _, dir := range []string{"/upper/upper", "/upper/work"} {
@@ -289,13 +289,15 @@ func (b *boot) limitProcesses() error {
 	memory := max(free-int64(b.number(optReserve, 24))<<20, free/2)
 	// More processes than there is memory for would keep the kernel busy with
 	// making room and nothing else.
-	const perProcess, fewest, most = 160 << 10, 256, 4096
+	const perProcess, fewest, most = 512 << 10, 256, 4096
 	pids := int(min(max(memory/perProcess, fewest), most))
 	if err := os.Mkdir(childrenCgroup, 0o755); err != nil {
 		return err
 	}
 	for _, set := range []struct{ file, value string }{
 		{"/sys/fs/cgroup/cgroup.subtree_control", "+cpu +pids +memory"},
+		// A list of all processes on the console at each kill takes seconds.
+		{"/proc/sys/vm/oom_dump_tasks", "0"},
 		{childrenCgroup + "/pids.max", strconv.Itoa(b.number(optPIDs, pids))},
 		{childrenCgroup + "/memory.max", strconv.FormatInt(memory, 10)},
 	} {

@@ -15,8 +15,12 @@ import (
 type reaper struct {
 	sys system
 
-	mu       sync.Mutex // held from before a fork until the child is known
+	spawn sync.Mutex // held while a process is started
+
+	mu       sync.Mutex
 	children map[int]*child
+	starting bool                       // a child may end before it is known
+	early    map[int]syscall.WaitStatus // those who ended meanwhile and were not known
 }
 
 // child is a process that the agent started.
@@ -29,18 +33,42 @@ type child struct {
 // start starts a process. wait is called in a goroutine for each child that
 // nobody else waits for.
 func (r *reaper) start(path string, argv []string, attr *syscall.ProcAttr, work *sync.WaitGroup) (*child, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.spawn.Lock()
+	defer r.spawn.Unlock()
+	r.expect(true)
+	defer r.expect(false)
+	// No lock that the reaper needs is held here: in a guest out of memory this
+	// can take long.
 	pid, err := r.sys.spawn(path, argv, attr)
 	if err != nil {
 		return nil, err
 	}
-	c := &child{pid: pid, exited: make(chan struct{})}
-	r.children[pid] = c
+	c := r.known(pid)
 	if !r.sys.reapsAll() {
 		work.Go(func() { r.waitFor(pid) })
 	}
 	return c, nil
+}
+
+// expect begins or ends the time in which a child may end before it is known.
+func (r *reaper) expect(starting bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.starting, r.early = starting, map[int]syscall.WaitStatus{}
+}
+
+// known enters a child, which may have ended already.
+func (r *reaper) known(pid int) *child {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c := &child{pid: pid, exited: make(chan struct{})}
+	if status, ended := r.early[pid]; ended {
+		c.status = status
+		close(c.exited)
+	} else {
+		r.children[pid] = c
+	}
+	return c
 }
 
 // waitFor waits for one child.
@@ -90,7 +118,10 @@ func (r *reaper) ended(pid int, status syscall.WaitStatus) {
 	defer r.mu.Unlock()
 	c := r.children[pid]
 	if c == nil {
-		return // an orphan of somebody else's
+		if r.starting {
+			r.early[pid] = status
+		}
+		return // else it is an orphan of somebody else's
 	}
 	delete(r.children, pid)
 	c.status = status

@@ -172,3 +172,36 @@ func (r *recorder) WriteFrame(_ context.Context, t guestproto.FrameType, _ uint3
 	r.kind = t
 	return nil
 }
+
+// reaping is a machine whose children end before spawn returns.
+type reaping struct {
+	*Fake
+	reaper *reaper
+}
+
+func (r *reaping) reapsAll() bool { return true }
+
+func (r *reaping) spawn(string, []string, *syscall.ProcAttr) (int, error) {
+	r.reaper.ended(7, 3<<8)
+	r.reaper.ended(8, 0) // an orphan
+	return 7, nil
+}
+
+func TestChildThatEndsAtOnce(t *testing.T) {
+	t.Parallel()
+	sys := &reaping{}
+	r := &reaper{sys: sys, children: map[int]*child{}}
+	sys.reaper = r
+	c, err := r.start("/bin/false", nil, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-c.exited
+	if c.status.ExitStatus() != 3 || len(r.children) != 0 || len(r.early) != 0 {
+		t.Errorf("%+v, %+v", c, r)
+	}
+	r.ended(9, 0)
+	if len(r.early) != 0 {
+		t.Error("an orphan is remembered for ever")
+	}
+}
