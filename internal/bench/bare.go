@@ -38,8 +38,10 @@ type bare struct {
 	parked *process // what raise(poolFork) takes
 }
 
-// prepare parks one machine as a pool does: restored, asked everything once,
-// and paused.
+// asks is how often a parked machine was asked everything.
+const asks = 3
+
+// prepare parks one machine as a pool does: restored, warmed and paused.
 func (b *bare) prepare(ctx context.Context, how start) (err error) {
 	if how != poolFork || b.parked != nil {
 		return nil
@@ -51,8 +53,13 @@ func (b *bare) prepare(ctx context.Context, how start) (err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
 	u.Add(func() error { return p.end(ctx) })
-	for _, point := range points(b.subject) {
-		if err = point.ask(ctx, p.client); err != nil {
+	for range asks {
+		for _, point := range points(b.subject) {
+			if err = point.ask(ctx, p.client); err != nil {
+				return err
+			}
+		}
+		if err = p.client.SetClock(ctx); err != nil {
 			return err
 		}
 	}
@@ -87,7 +94,11 @@ func (b *bare) wake(ctx context.Context) (*process, error) {
 		return nil, fmt.Errorf("%w: nothing is parked", errdef.ErrUnavailable)
 	}
 	b.parked = nil
-	if err := p.qmp.do(ctx, "cont", nil, nil); err != nil {
+	err := p.qmp.do(ctx, "cont", nil, nil)
+	if err == nil {
+		err = p.client.SetClock(ctx) // it stood still while it was parked
+	}
+	if err != nil {
 		return nil, errors.Join(err, p.end(ctx))
 	}
 	return p, nil

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 )
@@ -251,6 +253,14 @@ func (m *Manager) keep(p *pool, b *box) (bool, error) {
 	return true, nil
 }
 
+// warmCode is an expression in every language that has a warm interpreter. It
+// has a value, so that the ways out are warm too.
+const warmCode = "[6 * 7, 2.5, 'a']"
+
+// warmEvals is how often it is evaluated: the first took 130 ms here, the
+// second 14, the third 7, and from then on it is 4.
+const warmEvals = 3
+
 // warm runs what the first caller will run, so that the emulator has
 // translated it and the pages it writes are there, and pauses the machine.
 func (b *box) warm(ctx context.Context, languages []string) error {
@@ -264,8 +274,10 @@ func (b *box) warm(ctx context.Context, languages []string) error {
 		return err
 	}
 	for _, language := range languages {
-		if _, err := c.Eval(ctx, guest.EvalRequest{Language: language, Code: "None"}); err != nil {
-			return err
+		for range warmEvals {
+			if _, err := c.Eval(ctx, guest.EvalRequest{Language: language, Code: warmCode}); err != nil {
+				return err
+			}
 		}
 	}
 	if _, err := c.Run(ctx, guest.ExecSpec{Argv: []string{"/bin/true"}}, nil, 1<<10); err != nil && !errors.Is(err, errdef.ErrNotFound) {
@@ -301,14 +313,15 @@ func (m *Manager) wake(ctx context.Context, b *box) bool {
 func (b *box) awake(ctx context.Context) error {
 	ctx, cancel := b.bound(ctx)
 	defer cancel()
-	if err := b.vm.Resume(ctx); err != nil {
-		return err
-	}
 	c, err := b.session(ctx)
 	if err != nil {
 		return err
 	}
-	if err := c.SetClock(ctx); err != nil {
+	// The clock's new value waits at the guest's door when it wakes up.
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return c.SetClock(ctx) })
+	group.Go(func() error { return b.vm.Resume(ctx) })
+	if err = group.Wait(); err != nil {
 		return err
 	}
 	b.mu.Lock()
