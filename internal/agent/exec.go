@@ -129,7 +129,7 @@ func (a *Agent) run(req *guestproto.ExecRequest) (*process, error) {
 }
 
 func (a *Agent) launch(req *guestproto.ExecRequest, who *account) (*process, error) {
-	c := &command{argv: req.Argv, env: a.environ(req, who), dir: absolute(req.Dir, who.home), user: who, tty: req.PTY}
+	c := &command{argv: req.Argv, env: a.environ(req, who), dir: workDir(req.Dir, who.home), user: who, tty: req.PTY}
 	ends, err := openStdio(req)
 	if err != nil {
 		return nil, fmt.Errorf("exec %s: %w", req.Argv[0], categorize(err))
@@ -331,6 +331,17 @@ func lookupEnv(env []string, name string) string {
 		}
 	}
 	return ""
+}
+
+// workDir is where a command starts: in dir, or at home, or at the root where
+// the user has no home, as nobody has none.
+func workDir(dir, home string) string {
+	if dir == "" {
+		if st, err := os.Stat(home); err != nil || !st.IsDir() {
+			return "/"
+		}
+	}
+	return absolute(dir, home)
 }
 
 // absolute is path, starting at home if it is relative.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -38,6 +39,7 @@ const (
 // until ctx ends. It returns only when something without which the machine is
 // useless does not work.
 func RunInit(ctx context.Context, log *slog.Logger) error {
+	outliveSignals()
 	b := boot{log: log}
 	if err := b.up(); err != nil {
 		return fmt.Errorf("boot: %w", err)
@@ -52,6 +54,15 @@ func RunInit(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	return a.Serve(ctx, port)
+}
+
+// outliveSignals keeps the machine's processes from ending PID 1. The kernel
+// shields it from signals without a handler, but Go's runtime has one for each.
+// They are caught and dropped, not ignored: children would inherit that.
+func outliveSignals() {
+	dropped := make(chan os.Signal, 1)
+	signal.Notify(dropped, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGILL, unix.SIGTRAP, unix.SIGABRT,
+		unix.SIGBUS, unix.SIGFPE, unix.SIGSEGV, unix.SIGTERM, unix.SIGSTKFLT, unix.SIGSYS)
 }
 
 // boot is the machine on its way up.

@@ -98,8 +98,11 @@ func (m *machine) setHostname(name string) error {
 
 func (m *machine) sync() { unix.Sync() }
 
+// powerOff resets the machine, which ends it, as monitors are told not to
+// start it again. The ordinary way out would wait for ever: in Linux 6.1 the
+// shutdown of virtio-pmem asks the host for a flush whose answer never comes.
 func (m *machine) powerOff() error {
-	return os.NewSyscallError("reboot", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF))
+	return os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0)
 }
 
 func (m *machine) reapsAll() bool { return os.Getpid() == 1 }

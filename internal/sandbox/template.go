@@ -11,6 +11,7 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
@@ -52,6 +53,9 @@ func (m *Manager) createSnapshot(ctx context.Context, req SnapshotRequest) (_ sn
 	}
 	defer func() { err = errors.Join(err, stage.Abort()) }()
 	t := &template{m: m, img: img, req: req, stage: stage, shape: m.shape(req.Machine)}
+	if err = t.room(); err != nil {
+		return snapshot.Snapshot{}, err
+	}
 	if err = t.make(ctx); err != nil {
 		return snapshot.Snapshot{}, err
 	}
@@ -94,6 +98,21 @@ func (t *template) manifest() snapshot.Manifest {
 		Engine: t.m.Engine.Name(), EngineVersion: t.m.Engine.Version(), Machine: t.shape,
 		Image: t.img.Digest, Warmup: warmup, Languages: t.languages,
 	}
+}
+
+// room checks that the disk can take all of the machine's memory: one that ran
+// out of it while the machine writes would end the machine without a word.
+func (t *template) room() error {
+	need := int64(t.shape.MemoryMiB) << 20
+	free, err := linux.FreeSpace(t.stage.Dir())
+	if err != nil {
+		return err
+	}
+	if free < need {
+		err = fmt.Errorf("%w: %d MiB are free where snapshots are kept, and the template's memory may need %d", errdef.ErrExhausted, free>>20, need>>20)
+		return errdef.WithHint(err, "free some space: tine snapshot gc, tine image rm")
+	}
+	return nil
 }
 
 func (t *template) imports() []string {
@@ -173,8 +192,17 @@ func (t *template) boot(ctx context.Context, id string) error {
 	return nil
 }
 
-// explain adds what the guest's kernel said last to why it did not come up.
+// endTime is how long after its connections the end of a machine's process may
+// come to be known.
+const endTime = 100 * time.Millisecond
+
+// explain adds how the machine ended, or what the guest's kernel said last, to why it did not come up.
 func (t *template) explain(ctx context.Context, err error) error {
+	select {
+	case <-t.vm.Done():
+		return cause(t.vm, err)
+	case <-time.After(endTime):
+	}
 	teller, ok := t.vm.(interface {
 		Console(ctx context.Context) (string, error)
 	})

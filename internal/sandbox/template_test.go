@@ -60,6 +60,7 @@ func TestBadTemplate(t *testing.T) {
 		"no-image":  {SnapshotRequest{Tag: "new", Image: "nope"}, errdef.ErrNotFound, "nope"},
 		"bad-tag":   {SnapshotRequest{Tag: "../new", Image: "py"}, errdef.ErrInvalid, "../new"},
 		"bad-shape": {SnapshotRequest{Tag: "new", Image: "py", Machine: vmm.Machine{VCPUs: 1000}}, errdef.ErrInvalid, "1000"},
+		"no-room":   {SnapshotRequest{Tag: "new", Image: "py", Machine: vmm.Machine{MemoryMiB: 1 << 30}}, errdef.ErrExhausted, "MiB are free"},
 		"failing-warm-up": {
 			SnapshotRequest{Tag: "new", Image: "py", Warmup: []string{"echo useful; yes no | head -c 2000 >&2; echo no module named x >&2; exit 3"}},
 			errdef.ErrInvalid, "exit status 3: ",
