@@ -330,23 +330,24 @@ func TestAttachAfterReset(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t)
 	ctx := within(t)
+	if err := syscall.Mkfifo(m.path("fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	old := m.dial()
-	p, err := old.Exec(ctx, guest.ExecSpec{Argv: sh("echo one; read a; echo two $a; read b; echo three $b >&2; exit 5").Argv, Stdin: true})
+	script := "echo one; read a < fifo; echo two $a; read b; echo three $b >&2; exit 5"
+	p, err := old.Exec(ctx, guest.ExecSpec{Argv: sh(script).Argv, Stdin: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if out, nerr := p.Next(ctx); nerr != nil || string(out.Data) != "one\n" {
 		t.Fatalf("%q %v", out.Data, nerr)
 	}
-	if _, err = io.WriteString(p.Stdin(), "A\n"); err != nil {
-		t.Fatal(err)
-	}
-	if _, err = old.Ping(ctx); err != nil { // so that the line has arrived
-		t.Fatal(err)
-	}
 	_ = old.Close()
 	c := m.dial()
 	alone(t, c)
+	if err = os.WriteFile(m.path("fifo"), []byte("A\n"), 0); err != nil { // it opens when the process reads
+		t.Fatal(err)
+	}
 	again, err := c.Attach(ctx, p.PID())
 	if err != nil {
 		t.Fatal(err)
