@@ -12,8 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
+	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/linux"
 )
@@ -387,8 +387,8 @@ func TestPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = f.Close() }()
-	try := func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) }
-	if err := try(); !errors.Is(err, unix.EWOULDBLOCK) {
+	try := func() error { return durable.TryLockFile(f, false) }
+	if err := try(); !errors.Is(err, errdef.ErrConflict) {
 		t.Errorf("lock while a fork runs: %v", err)
 	}
 	if err := m.Kill(t.Context(), id); err != nil {
