@@ -72,6 +72,7 @@ type Images interface {
 	Get(ref string) (image.Image, error)
 	List() ([]image.Image, error)
 	Remove(name string) error
+	GC(ctx context.Context, keep func(digest string) bool) (freed int64, err error)
 }
 
 type server struct {

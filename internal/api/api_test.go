@@ -482,3 +482,52 @@ func TestForkLeft(t *testing.T) {
 		t.Errorf("%d sandboxes are left", len(boxes))
 	}
 }
+
+// TestUnusedImages: to remove an image's name, or to collect snapshots, gives
+// the disk back that images took which nothing uses any more.
+func TestUnusedImages(t *testing.T) {
+	t.Parallel()
+	for _, collect := range []string{"POST /v1/snapshots/gc", "DELETE /v1/images/py"} {
+		b := apitest.New(t)
+		url := b.Serve(spec).URL
+		_, body := do(t, "GET", url+"/v1/images/py", "")
+		used := decode[wire.Image](t, body).Digest
+		method, path, _ := strings.Cut(collect, " ")
+		if status, body := do(t, method, url+path, ""); status >= 300 {
+			t.Fatalf("%s: status %d, %s", collect, status, body)
+		}
+		if b.KeepImage == nil {
+			t.Fatalf("%s collects no images", collect)
+		}
+		if !b.KeepImage(used) {
+			t.Errorf("%s would remove the image of a snapshot", collect)
+		}
+		if b.KeepImage("sha256:" + strings.Repeat("0", 64)) {
+			t.Errorf("%s would keep any image", collect)
+		}
+	}
+}
+
+// TestForeignHost refuses a page whose name was made to mean this host.
+func TestForeignHost(t *testing.T) {
+	t.Parallel()
+	url, _ := server(t)
+	for host, want := range map[string]int{
+		"evil.example": http.StatusForbidden, "evil.example:8889": http.StatusForbidden,
+		"localhost": http.StatusOK, "localhost:8889": http.StatusOK, "127.0.0.1:8889": http.StatusOK, "[::1]:8889": http.StatusOK, "tine": http.StatusOK,
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), "GET", url+"/v1/sandboxes", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Host = host
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("host %s: status %d, want %d", host, resp.StatusCode, want)
+		}
+	}
+}

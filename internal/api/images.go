@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/tinevm/tine/internal/errdef"
@@ -48,8 +49,32 @@ func (s *server) GetImage(_ context.Context, r wire.GetImageRequestObject) (wire
 }
 
 // DeleteImage answers DELETE /v1/images/{name}.
-func (s *server) DeleteImage(_ context.Context, r wire.DeleteImageRequestObject) (wire.DeleteImageResponseObject, error) {
-	return wire.DeleteImage204Response{}, s.Images.Remove(r.Name)
+func (s *server) DeleteImage(ctx context.Context, r wire.DeleteImageRequestObject) (wire.DeleteImageResponseObject, error) {
+	if err := s.Images.Remove(r.Name); err != nil {
+		return nil, err
+	}
+	_, err := s.collectImages(ctx)
+	return wire.DeleteImage204Response{}, err
+}
+
+// collectImages removes what has no name and what no snapshot is made of, and
+// returns how many bytes that gave back. While an image is being built it
+// removes nothing: the next time will do.
+func (s *server) collectImages(ctx context.Context) (freed int64, err error) {
+	snaps, err := s.Snapshots.List()
+	if err != nil {
+		return 0, err
+	}
+	used := map[string]bool{}
+	for _, snap := range snaps {
+		used[snap.Manifest.Image] = true
+	}
+	freed, err = s.Images.GC(ctx, func(digest string) bool { return used[digest] })
+	if errors.Is(err, errdef.ErrConflict) {
+		s.logger.InfoContext(ctx, "unused images stay", "error", err)
+		return 0, nil
+	}
+	return freed, err
 }
 
 func imageOf(i image.Image) wire.Image {

@@ -197,8 +197,12 @@ func (s *server) sandboxesOf(snap snapshot.Snapshot) []string {
 // CollectSnapshots answers POST /v1/snapshots/gc.
 func (s *server) CollectSnapshots(ctx context.Context, _ wire.CollectSnapshotsRequestObject) (wire.CollectSnapshotsResponseObject, error) {
 	freed, err := s.Snapshots.GC(ctx, false)
+	if err != nil {
+		return nil, err
+	}
+	images, err := s.collectImages(ctx)
 	return wire.CollectSnapshots200JSONResponse{
-		Removed: list(slices.Concat(freed.Objects, freed.Leftovers)), FreedBytes: freed.Bytes,
+		Removed: list(slices.Concat(freed.Objects, freed.Leftovers)), FreedBytes: freed.Bytes + images,
 	}, err
 }
 

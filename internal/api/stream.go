@@ -92,11 +92,21 @@ func (st *execStream) serve(ctx context.Context, boxes Sandboxes, id string) err
 		}
 		release := sync.OnceFunc(func() { leave(p, req) }) //nolint:contextcheck // it must also work when ctx has ended
 		defer release()
-		if err := st.event(ctx, wire.StreamEvent{Started: &wire.StreamStarted{PID: p.PID()}}); err != nil || req.Background {
+		if err := st.started(ctx, p.PID()); err != nil || req.Background {
 			return err
 		}
 		return st.join(ctx, &command{g, p}, release)
 	})
+}
+
+// started says that the command runs. A context that ends while a message goes
+// out takes the connection with it, and with that the message that would say
+// why; so this one
+// has a bound of its own.
+func (st *execStream) started(ctx context.Context, pid int) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastMessage)
+	defer cancel()
+	return st.event(ctx, wire.StreamEvent{Started: &wire.StreamStarted{PID: pid}})
 }
 
 // finish says how it went, unless the command's exit has said so, and closes

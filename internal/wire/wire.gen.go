@@ -727,7 +727,7 @@ type ServerInterface interface {
 	// BuildImage Build an image
 	// (POST /v1/images)
 	BuildImage(w http.ResponseWriter, r *http.Request)
-	// DeleteImage Remove an image
+	// DeleteImage Remove an image's name
 	// (DELETE /v1/images/{name})
 	DeleteImage(w http.ResponseWriter, r *http.Request, name ImageName)
 	// GetImage Describe an image
@@ -3123,7 +3123,7 @@ type StrictServerInterface interface {
 	// BuildImage Build an image
 	// (POST /v1/images)
 	BuildImage(ctx context.Context, request BuildImageRequestObject) (BuildImageResponseObject, error)
-	// DeleteImage Remove an image
+	// DeleteImage Remove an image's name
 	// (DELETE /v1/images/{name})
 	DeleteImage(ctx context.Context, request DeleteImageRequestObject) (DeleteImageResponseObject, error)
 	// GetImage Describe an image

@@ -37,6 +37,9 @@ type Backend struct {
 	Fail func(op string) error
 	// Limit is the most sandboxes there may be; 0 is no limit.
 	Limit int
+	// KeepImage says what images were to be kept when unused ones were last
+	// collected.
+	KeepImage func(digest string) bool
 
 	tb     testing.TB
 	dir    string
@@ -324,6 +327,14 @@ func (i images) List() ([]image.Image, error) {
 		out = append(out, img)
 	}
 	return out, i.b.failure("images")
+}
+
+// GC only notes what it is to keep.
+func (i images) GC(_ context.Context, keep func(digest string) bool) (int64, error) {
+	i.b.mu.Lock()
+	defer i.b.mu.Unlock()
+	i.b.KeepImage = keep
+	return 0, i.b.failure("collect")
 }
 
 // Remove removes an image.
