@@ -101,8 +101,7 @@ func (st *execStream) serve(ctx context.Context, boxes Sandboxes, id string) err
 
 // started says that the command runs. A context that ends while a message goes
 // out takes the connection with it, and with that the message that would say
-// why; so this one
-// has a bound of its own.
+// why; so this one has a bound of its own.
 func (st *execStream) started(ctx context.Context, pid int) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastMessage)
 	defer cancel()
