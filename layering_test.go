@@ -57,7 +57,7 @@ var mayImport = map[string][]string{
 	"cmd/tine-agent": {"internal/agent"},
 	"internal/assemble": {
 		"client", "internal/bench", "internal/cli", "internal/daemon", "internal/demo", "internal/doctor",
-		"internal/engines", "internal/errdef", "internal/image", "internal/undo", "internal/wire",
+		"internal/engines", "internal/errdef", "internal/image", "internal/sandbox", "internal/undo", "internal/wire",
 	},
 	"internal/bench": {
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/linux",

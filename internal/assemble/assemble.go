@@ -22,6 +22,7 @@ import (
 	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/wire"
 )
@@ -37,26 +38,23 @@ func (p Parts) Deps() cli.Deps {
 // closeTime bounds how long a daemon may take to let go of its sandboxes.
 const closeTime = 60 * time.Second
 
-// open opens a daemon on the host that o describes. The function it returns
-// ends it, also when ctx has ended.
-func (p Parts) open(ctx context.Context, o cli.HostOptions, ephemeral bool) (*daemon.Daemon, func() error, error) {
-	log := logger(o.Log)
-	agent, err := agentPath()
-	if err != nil {
+// open opens a daemon on the host that o describes; cfg says what is special
+// about it. The function it returns ends it, also when ctx has ended.
+func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (*daemon.Daemon, func() error, error) {
+	var err error
+	if cfg.Agent, err = agentPath(); err != nil {
 		return nil, nil, err
 	}
 	if err = os.MkdirAll(o.StateDir, 0o700); err != nil {
 		err = fmt.Errorf("make state directory: %w", err)
 		return nil, nil, errdef.WithHint(err, "choose another --state-dir, or run as root")
 	}
-	engine, err := engines.Choose(ctx, engineConfig(o))
-	if err != nil {
+	if cfg.Engine, err = engines.Choose(ctx, engineConfig(o)); err != nil {
 		return nil, nil, err
 	}
-	d, err := daemon.Open(ctx, daemon.Config{
-		StateDir: o.StateDir, Engine: engine, Agent: agent, Ephemeral: ephemeral, Version: p.Version, Logger: log,
-		Doctor: func(ctx context.Context) []wire.DoctorCheck { return examine(ctx, o) },
-	})
+	cfg.StateDir, cfg.Version = o.StateDir, p.Version
+	cfg.Doctor = func(ctx context.Context) []wire.DoctorCheck { return examine(ctx, o) }
+	d, err := daemon.Open(ctx, cfg)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -68,8 +66,20 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, ephemeral bool) (*da
 	return d, end, nil
 }
 
+// borrow runs use on a daemon that ends with it, and its sandboxes too.
+func (p Parts) borrow(ctx context.Context, o cli.HostOptions, use func(*daemon.Daemon) error) (err error) {
+	d, end, err := p.open(ctx, o, daemon.Config{Ephemeral: true, Logger: logger(o.Log, false)})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	return use(d)
+}
+
 func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
-	d, end, err := p.open(ctx, o.HostOptions, false)
+	d, end, err := p.open(ctx, o.HostOptions, daemon.Config{
+		Limits: sandbox.Limits{Sandboxes: o.MaxSandboxes}, Logger: logger(o.Log, o.Verbose),
+	})
 	if err != nil {
 		return err
 	}
@@ -101,7 +111,7 @@ func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
 }
 
 func (p Parts) local(ctx context.Context, o cli.HostOptions) (*client.Client, func(context.Context) error, error) {
-	d, end, err := p.open(ctx, o, true)
+	d, end, err := p.open(ctx, o, daemon.Config{Ephemeral: true, Logger: logger(o.Log, false)})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -112,28 +122,22 @@ func (p Parts) local(ctx context.Context, o cli.HostOptions) (*client.Client, fu
 	return c, stop, nil
 }
 
-func (p Parts) demo(ctx context.Context, o cli.DemoOptions) (err error) {
-	d, end, err := p.open(ctx, o.HostOptions, true)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, end()) }()
-	return demo.Run(ctx, d, demo.Options{N: o.N, Out: o.Out, JSON: o.JSON})
+func (p Parts) demo(ctx context.Context, o cli.DemoOptions) error {
+	return p.borrow(ctx, o.HostOptions, func(d *daemon.Daemon) error {
+		return demo.Run(ctx, d, demo.Options{N: o.N, Out: o.Out, JSON: o.JSON})
+	})
 }
 
-func (p Parts) bench(ctx context.Context, o cli.BenchOptions) (err error) {
-	d, end, err := p.open(ctx, o.HostOptions, true)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, end()) }()
-	if o.Snapshot == demo.Name {
-		if _, err := demo.Template(ctx, d); err != nil {
-			return err
+func (p Parts) bench(ctx context.Context, o cli.BenchOptions) error {
+	return p.borrow(ctx, o.HostOptions, func(d *daemon.Daemon) error {
+		if o.Snapshot == demo.Name {
+			if _, err := demo.Template(ctx, d); err != nil {
+				return err
+			}
 		}
-	}
-	return bench.Run(ctx, d, bench.Options{
-		Snapshot: o.Snapshot, Forks: o.Forks, Rounds: o.Rounds, Floor: o.Floor, Out: o.Out, JSON: o.JSON,
+		return bench.Run(ctx, d, bench.Options{
+			Snapshot: o.Snapshot, Forks: o.Forks, Rounds: o.Rounds, Floor: o.Floor, Out: o.Out, JSON: o.JSON,
+		})
 	})
 }
 
@@ -144,7 +148,7 @@ func (p Parts) doctor(ctx context.Context, o cli.HostOptions) ([]client.Check, e
 // engineConfig says how to look for engines: with a kernel to try, once an
 // image has brought one.
 func engineConfig(o cli.HostOptions) engines.Config {
-	cfg := engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log)}
+	cfg := engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log, false)}
 	store, err := image.Open(image.Config{Dir: filepath.Join(o.StateDir, "images")})
 	if err != nil {
 		return cfg // whoever needs the store will say what is wrong with it
@@ -169,9 +173,13 @@ func agentPath() (string, error) {
 	return path, nil
 }
 
-func logger(w io.Writer) *slog.Logger {
+func logger(w io.Writer, verbose bool) *slog.Logger {
 	if w == nil {
 		return slog.New(slog.DiscardHandler)
 	}
-	return slog.New(slog.NewTextHandler(w, nil))
+	level := slog.LevelInfo
+	if verbose {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
 }

@@ -36,6 +36,7 @@ no authorisation yet.`,
 	f := cmd.Flags()
 	f.StringVar(&opts.Listen, "listen", "127.0.0.1:8889", "TCP address to answer on, or none if empty")
 	f.StringArrayVar(&pools, "pool", nil, "keep warm forks parked: `TAG=N`; may be repeated")
+	f.IntVar(&opts.MaxSandboxes, "max-sandboxes", 0, "refuse more sandboxes than `N`, parked ones included (default 1024)")
 	f.BoolVarP(&opts.Verbose, "verbose", "v", false, "log every request")
 	return cmd
 }

@@ -43,6 +43,8 @@ type ServeOptions struct {
 	Listen string
 	// Pool says how many warm forks to keep, by snapshot tag.
 	Pool map[string]int
+	// MaxSandboxes is how many there may be; 0 is the daemon's default.
+	MaxSandboxes int
 	// Verbose logs every request.
 	Verbose bool
 	// Ready, when set, is called once the daemon answers, with the addresses

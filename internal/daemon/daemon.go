@@ -41,6 +41,8 @@ type Config struct {
 	Agent string
 	// Ephemeral sandboxes die with this process.
 	Ephemeral bool
+	// Limits bound what callers can ask for; zero fields mean the defaults.
+	Limits sandbox.Limits
 	// Version is what GET /version answers.
 	Version string
 	// Doctor examines the host for GET /v1/doctor; nil for none.
@@ -87,7 +89,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	}
 	d.Sandboxes, err = sandbox.NewManager(ctx, sandbox.Config{
 		Dir: d.path("sandboxes"), Engine: cfg.Engine, Snapshots: d.Snapshots, Images: d.Images,
-		Logger: d.log, Ephemeral: cfg.Ephemeral,
+		Logger: d.log, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
 	})
 	if err != nil {
 		return nil, err
