@@ -300,3 +300,33 @@ func TestInterrupt(t *testing.T) {
 		}
 	}
 }
+
+// TestDemo forks its own template; only the image is the shared one.
+func TestDemo(t *testing.T) {
+	h := newHost(t)
+	if err := os.Remove(filepath.Join(h.dir, "snapshots")); err != nil {
+		t.Fatal(err)
+	}
+	for _, what := range []string{"first", "second"} {
+		out, errOut, code := h.tine("demo", "-n", "3")
+		if code != 0 || !strings.HasSuffix(out, "\ndemo: 3/3 forks answered\n") {
+			t.Errorf("%s demo: exit code %d, stdout %q, stderr %q", what, code, out, errOut)
+		}
+	}
+	out, errOut, code := h.tine("demo", "-n", "2", "--json")
+	var result struct {
+		Answered int `json:"answered"`
+		Forks    []struct {
+			Result string `json:"result"`
+		} `json:"forks"`
+	}
+	if err := json.Unmarshal([]byte(out), &result); err != nil || code != 0 {
+		t.Fatalf("demo --json: exit code %d, %v, stdout %q, stderr %q", code, err, out, errOut)
+	}
+	if result.Answered != 2 || len(result.Forks) != 2 || result.Forks[0].Result != "332833500" {
+		t.Errorf("demo --json: %+v", result)
+	}
+	if got := sandboxes(h.dir); len(got) != 0 {
+		t.Errorf("left behind: %q", got)
+	}
+}
