@@ -110,8 +110,12 @@ func TestServe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
-		t.Errorf("socket: %v, %v, want mode 0600", info.Mode(), err)
+	info, err := os.Stat(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Mode().Perm() != 0o600 {
+		t.Errorf("socket has mode %v, want 0600", info.Mode())
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	served := make(chan error, 1)

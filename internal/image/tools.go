@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
@@ -67,7 +68,12 @@ func (t tool) command(ctx context.Context, scratch string, args ...string) (*exe
 		return nil, err
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Env = append(cmd.Environ(), "LC_ALL=C.UTF-8", "TMPDIR="+scratch)
+	cmd.Env = append(cmd.Environ(), "LC_ALL=C.UTF-8")
+	if os.Geteuid() == 0 {
+		// Without root mmdebstrap works as a range of other users, who may not
+		// enter a directory of ours.
+		cmd.Env = append(cmd.Env, "TMPDIR="+scratch)
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	if mayMount() {
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS
@@ -222,6 +228,9 @@ func debianError(err error) error {
 		}
 	}
 	err = fmt.Errorf("%w: %w", errdef.ErrUnavailable, err)
+	if strings.Contains(failed.output, "chroot mode") {
+		return errdef.WithHint(err, "apt-get install uidmap, or build the image as root")
+	}
 	return errdef.WithHint(err, "check that this host can reach Debian's archive")
 }
 
