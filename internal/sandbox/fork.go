@@ -293,7 +293,7 @@ func (m *Manager) bring(ctx context.Context, o *origin) (_ *box, err error) {
 func (m *Manager) restore(ctx context.Context, o *origin) (_ *box, err error) {
 	r := m.newRecord(newID())
 	r.SnapshotTag, r.SnapshotDigest, r.Machine = o.snap.Tag, o.snap.Digest, o.snap.Manifest.Machine
-	if err = r.create(m.Dir); err != nil {
+	if err = r.create(m.Dir, m.self); err != nil {
 		return nil, err
 	}
 	vm, err := m.Engine.Restore(ctx, vmm.RestoreSpec{

@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
@@ -42,29 +44,49 @@ type process struct {
 	BootID    string `json:"boot_id"`
 }
 
-// newSuffix is that of a directory whose record is not there yet. Nothing
+// newSuffix ends the name of a directory whose record is not there yet. Nothing
 // runs in it.
 const newSuffix = ".new"
 
+// unborn is the name of such a directory: it says who makes it.
+func unborn(id string, maker process) string {
+	return fmt.Sprintf("%s.%d-%d%s", id, maker.PID, maker.StartTime, newSuffix)
+}
+
+// makerOf reads a name that unborn made in this boot.
+func makerOf(name, boot string) (maker process, ok bool) {
+	name, isNew := strings.CutSuffix(name, newSuffix)
+	id, numbers, found := strings.Cut(name, ".")
+	pid, start, both := strings.Cut(numbers, "-")
+	if !isNew || !found || !both || !isID(id) {
+		return process{}, false
+	}
+	maker.BootID = boot
+	var pidErr, startErr error
+	maker.PID, pidErr = strconv.Atoi(pid)
+	maker.StartTime, startErr = strconv.ParseUint(start, 10, 64)
+	return maker, pidErr == nil && startErr == nil
+}
+
 // create makes the sandbox's directory under dir, with the record in it from
 // the first instant: a directory without one belongs to nobody.
-func (r *record) create(dir string) (err error) {
-	path := filepath.Join(dir, r.ID)
+func (r *record) create(dir string, maker process) (err error) {
+	path, made := filepath.Join(dir, r.ID), filepath.Join(dir, unborn(r.ID, maker))
 	defer func() { err = durable.Describe("create", path, err) }()
-	if err = os.Mkdir(path+newSuffix, 0o700); err != nil {
+	if err = os.Mkdir(made, 0o700); err != nil {
 		return err
 	}
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
-	u.Add(func() error { return os.RemoveAll(path + newSuffix) })
+	u.Add(func() error { return os.RemoveAll(made) })
 	data, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	if err = os.WriteFile(filepath.Join(path+newSuffix, recordFile), data, 0o600); err != nil {
+	if err = os.WriteFile(filepath.Join(made, recordFile), data, 0o600); err != nil {
 		return err
 	}
-	return os.Rename(path+newSuffix, path)
+	return os.Rename(made, path)
 }
 
 // save writes the record into its directory under dir.

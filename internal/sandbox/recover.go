@@ -32,13 +32,14 @@ func (m *Manager) recover(ctx context.Context) error {
 	var errs []error
 	for _, e := range entries {
 		name := e.Name()
+		maker, unborn := makerOf(name, m.self.BootID)
 		err = nil
 		switch {
 		case !e.IsDir():
 		case isID(name):
 			err = m.recoverOne(ctx, name, machines[name])
-		case isID(strings.TrimSuffix(name, newSuffix)):
-			err = m.clearUnborn(e)
+		case unborn:
+			err = m.clearUnborn(name, maker)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("recover sandbox %s: %w", name, err))
@@ -112,18 +113,14 @@ func (m *Manager) clear(id string, machines []process) error {
 	return os.RemoveAll(m.dir(id))
 }
 
-// unborn is how old a directory without a record is when its maker is dead.
-const unborn = time.Minute
-
-func (m *Manager) clearUnborn(e fs.DirEntry) error {
-	info, err := e.Info()
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil || time.Since(info.ModTime()) < unborn {
+// clearUnborn removes what a process left that died before the record was
+// there.
+func (m *Manager) clearUnborn(name string, maker process) error {
+	alive, err := maker.alive()
+	if alive || err != nil {
 		return err
 	}
-	return os.RemoveAll(m.dir(e.Name()))
+	return os.RemoveAll(m.dir(name))
 }
 
 // thisProcess names the process that we are.

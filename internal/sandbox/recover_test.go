@@ -184,7 +184,9 @@ func TestLeftovers(t *testing.T) {
 		"of-a-live-process": {dir: id, record: encode(func(r *record) { r.Owner = self }), daemon: true, cli: true},
 		"of-a-dead-process": {dir: id, record: encode(func(r *record) { r.Owner = self; r.Owner.StartTime++ })},
 		"of-another-boot":   {dir: id, record: encode(func(r *record) { r.Owner = self; r.Owner.BootID = "other" })},
-		"being-born":        {dir: id + newSuffix, record: none, daemon: true, cli: true},
+		"being-born":        {dir: unborn(id, self), record: none, daemon: true, cli: true},
+		"never-born":        {dir: unborn(id, process{PID: self.PID, StartTime: self.StartTime + 1}), record: none},
+		"nobody-s-child":    {dir: id + newSuffix, record: none, daemon: true, cli: true},
 		"not-ours":          {dir: "precious", record: none, daemon: true, cli: true},
 		"almost-an-id":      {dir: id + "0", record: none, daemon: true, cli: true},
 	} {
@@ -213,20 +215,6 @@ func TestLeftovers(t *testing.T) {
 			}
 		})
 	}
-}
-
-func TestUnbornLeftover(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	dir := filepath.Join(w.dir, "sandboxes", newID()+newSuffix)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	long := time.Now().Add(-2 * unborn)
-	if err := os.Chtimes(dir, long, long); err != nil {
-		t.Fatal(err)
-	}
-	w.nothing(t, w.manager(t, lasting))
 }
 
 // stray starts a process that looks like the machine of a sandbox.
@@ -263,7 +251,7 @@ func TestStrayMachines(t *testing.T) {
 	closeManager(t, m)
 
 	r := m.newRecord(newID())
-	if err := r.create(m.Dir); err != nil {
+	if err := r.create(m.Dir, m.self); err != nil {
 		t.Fatal(err)
 	}
 	unnamed, _ := stray(t, r.ID)

@@ -577,7 +577,7 @@ func TestVMDaemonProcess(t *testing.T) {
 	}
 	for { // it is killed in the middle of this
 		wg.Go(func() {
-			results, err := l.Fork(t.Context(), sandbox.ForkRequest{Snapshot: vmtest.SnapshotTag, N: 1})
+			results, err := l.Fork(t.Context(), sandbox.ForkRequest{Snapshot: vmtest.SnapshotTag, N: 1, NoPool: true})
 			if err == nil && results[0].Err == nil {
 				_ = l.Kill(t.Context(), results[0].Sandbox.ID)
 			}
@@ -621,12 +621,13 @@ func TestVMDaemonIsKilled(t *testing.T) {
 	listed := map[string]bool{}
 	for _, info := range l.List() {
 		listed[info.ID] = true
-		l.well(t, info.ID)
 	}
 	for _, id := range ids {
 		if !listed[id] {
 			t.Errorf("sandbox %s is lost", id)
+			continue
 		}
+		l.well(t, id) // another one may have been on its way out, and be dead
 	}
 	if len(ids) != 3 || len(listed) > 4 { // the last one may have been handed out
 		t.Errorf("%d handed out, %d adopted", len(ids), len(listed))

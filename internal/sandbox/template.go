@@ -133,7 +133,7 @@ func (t *template) make(ctx context.Context) (err error) {
 	defer leave()
 	r := t.m.newRecord(newID())
 	r.Machine, r.Owner = t.shape, t.m.self // half a template is of no use to anyone
-	if err = r.create(t.m.Dir); err != nil {
+	if err = r.create(t.m.Dir, t.m.self); err != nil {
 		return err
 	}
 	// Its directory goes only after its machine, so that what could not be
