@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // firstFD is the first descriptor that a child inherits beside the standard
@@ -64,7 +65,7 @@ func learnFork(ctx context.Context, t *tine) (l line, err error) {
 	if err != nil {
 		return l, err
 	}
-	return lineOf(info.PID)
+	return lineOf(ctx, info.PID)
 }
 
 func learnStart(ctx context.Context, t *tine, memory string) (l line, err error) {
@@ -78,23 +79,44 @@ func learnStart(ctx context.Context, t *tine, memory string) (l line, err error)
 			err = errors.Join(err, removeIfExists(memory))
 		}
 	}()
-	return lineOf(m.vm.PID())
+	return lineOf(ctx, m.vm.PID())
 }
 
 // maxArgs bounds what is read of a command line: ARG_MAX is 2 MiB.
 const maxArgs = 2 << 20
 
-// lineOf reads the command line of a process.
-func lineOf(pid int) (line, error) {
+// lineOf reads the command line of a process. One that has only just been
+// started shows none for a moment: exec closes descriptors, which is how its
+// parent learns of it, before it has put the arguments in place.
+func lineOf(ctx context.Context, pid int) (line, error) {
+	// One that has died shows none for ever.
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, fmt.Errorf("%w: process %d shows none", errLine, pid))
+	defer cancel()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		data, err := readArgs(pid)
+		if err != nil {
+			return line{}, fmt.Errorf("read command line of process %d: %w", pid, err)
+		}
+		if len(data) > 0 {
+			return parseLine(splitArgs(data))
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return line{}, context.Cause(ctx)
+		}
+	}
+}
+
+func readArgs(pid int) ([]byte, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil {
-		return line{}, err
+		return nil, err
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxArgs))
-	if err = errors.Join(err, f.Close()); err != nil {
-		return line{}, fmt.Errorf("read command line of process %d: %w", pid, err)
-	}
-	return parseLine(splitArgs(data))
+	return data, errors.Join(err, f.Close())
 }
 
 // splitArgs splits what the kernel shows, where a zero ends each argument.
