@@ -3,8 +3,8 @@
 import ast
 import json
 import os
-import signal
 import sys
+from _signal import SIGINT, signal  # the module around it is slow: it deals in enums
 import traceback
 
 REQUESTS, REPLIES = 3, 4
@@ -28,9 +28,9 @@ class State:
         self.count = 0
 
 
-def send(reply):
+def send(line):
     # The newline before ends what user code may have written to the descriptor.
-    data = ("\n" + json.dumps(reply) + "\n").encode("utf-8", "surrogatepass")
+    data = ("\n" + line + "\n").encode("utf-8", "surrogatepass")
     view = memoryview(data)
     while view:
         view = view[os.write(REPLIES, view):]
@@ -79,18 +79,18 @@ def evaluate(state, code):
 
 
 def describe(value):
-    """The value as text, and as JSON where it can be that."""
+    """The value as text, and as JSON where it can be that: fields of a reply,
+    written by hand, as a fork pays for every line that it runs first."""
     if value is None:
-        return {"value": None}
-    text = repr(value)
-    reply = {"value": text[:MAX_VALUE]}
+        return '"value": null'
+    fields = '"value": ' + json.dumps(repr(value)[:MAX_VALUE])
     try:
         encoded = json.dumps(value, allow_nan=False)
         if len(encoded) <= MAX_VALUE:
-            reply["value_json"] = json.loads(encoded)
+            fields += ', "value_json": ' + encoded
     except (TypeError, ValueError, RecursionError, OverflowError):
         pass
-    return reply
+    return fields
 
 
 def error_of(exc):
@@ -119,19 +119,23 @@ def flush():
 
 
 def answer(state, request):
-    reply = {"id": request.get("id"), "value": None, "error": None}
+    """The reply line to a request."""
     try:
-        reply.update(describe(evaluate(state, request["code"])))
+        fields = describe(evaluate(state, request["code"]))
+        return '{"id": %d, %s, "error": null}' % (request["id"], fields)
     except BaseException as exc:
-        reply["error"] = error_of(exc)
-    return reply
+        return failure(request, exc)
+
+
+def failure(request, exc):
+    return json.dumps({"id": request.get("id"), "value": None, "error": error_of(exc)})
 
 
 def forked():
     """Makes sure that no generator goes on where the parent's stood."""
     seed = os.urandom(32)
     if "random" in sys.modules:
-        sys.modules["random"].seed(seed)
+        sys.modules["random"].seed(int.from_bytes(seed, "little"))
     if "numpy.random" in sys.modules:
         words = [int.from_bytes(seed[i:i + 4], "little") for i in range(0, 32, 4)]
         sys.modules["numpy.random"].seed(words)
@@ -157,8 +161,8 @@ def main():
     sys.argv = [""]
     sys.path.insert(0, "")
     state = State()
-    signal.signal(signal.SIGINT, idle)
-    send({"ready": True, "language": "python", "version": sys.version.split()[0]})
+    signal(SIGINT, idle)
+    send(json.dumps({"ready": True, "language": "python", "version": sys.version.split()[0]}))
     for line in lines():
         if line.startswith(b'{"id":0,"op":"forked"'):
             forked()
@@ -166,12 +170,12 @@ def main():
             continue
         request = json.loads(line)
         try:
-            signal.signal(signal.SIGINT, interrupt)
+            signal(SIGINT, interrupt)
             reply = answer(state, request)
-            signal.signal(signal.SIGINT, idle)
+            signal(SIGINT, idle)
         except KeyboardInterrupt as exc:  # it came between the two
-            signal.signal(signal.SIGINT, idle)
-            reply = {"id": request.get("id"), "value": None, "error": error_of(exc)}
+            signal(SIGINT, idle)
+            reply = failure(request, exc)
         flush()
         send(reply)
 
