@@ -145,16 +145,14 @@ func (s *Store) resolveTag(tag string) (Snapshot, error) {
 		return Snapshot{}, err
 	}
 	snap := Snapshot{Tag: tag, Digest: t.Digest, Facts: t.Facts, Status: StatusReady, dir: s.objectPath(t.Digest)}
-	if snap.Manifest, err = s.readObject(t.Digest); errors.Is(err, errdef.ErrNotFound) {
-		// Removed, and perhaps made anew, between the two reads.
-		if now, again := s.readTag(tag); again != nil || now.Digest != t.Digest {
-			return Snapshot{}, notFound(tag)
-		}
+	if snap.Manifest, err = s.readObject(t.Digest); err == nil {
+		return snap, nil
 	}
-	if err != nil {
-		return Snapshot{}, damaged(tag, err)
+	// Removed, and perhaps made anew, while it was being looked at.
+	if now, again := s.readTag(tag); again != nil || now.Digest != t.Digest {
+		return Snapshot{}, notFound(tag)
 	}
-	return snap, nil
+	return Snapshot{}, damaged(tag, err)
 }
 
 func (s *Store) resolveDigest(ref, digits string) (Snapshot, error) {
@@ -177,6 +175,9 @@ func (s *Store) resolveDigest(ref, digits string) (Snapshot, error) {
 	digest := digestPrefix + names[0]
 	m, err := s.readObject(digest)
 	if err != nil {
+		if _, gone := os.Lstat(s.objectPath(digest)); errors.Is(gone, fs.ErrNotExist) {
+			return Snapshot{}, notFound(ref)
+		}
 		return Snapshot{}, damaged(ref, err)
 	}
 	return Snapshot{Digest: digest, Status: StatusReady, Manifest: m, dir: s.objectPath(digest)}, nil
