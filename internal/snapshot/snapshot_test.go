@@ -621,3 +621,26 @@ func flip(t fataler, path string, bit int64) {
 		t.Fatal(err)
 	}
 }
+
+// TestResolveWhileRemoved: a snapshot is there or is not; it is never damaged
+// because somebody removes it just now.
+func TestResolveWhileRemoved(t *testing.T) {
+	t.Parallel()
+	s := newStore(t)
+	for range 30 {
+		snap := create(t, s, "a", "content")
+		removed := make(chan error, 1)
+		go func() { removed <- s.Remove(context.WithoutCancel(t.Context()), "a") }()
+		for gone := false; !gone; {
+			for _, ref := range []string{"a", snap.Digest} {
+				_, err := s.Resolve(ref)
+				if gone = errors.Is(err, errdef.ErrNotFound); err != nil && !gone {
+					t.Fatalf("Resolve %s: %v", ref, err)
+				}
+			}
+		}
+		if err := <-removed; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
