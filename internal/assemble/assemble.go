@@ -45,9 +45,8 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (
 	if cfg.Agent, err = agentPath(); err != nil {
 		return nil, nil, err
 	}
-	if err = os.MkdirAll(o.StateDir, 0o700); err != nil {
-		err = fmt.Errorf("make state directory: %w", err)
-		return nil, nil, errdef.WithHint(err, "choose another --state-dir, or run as root")
+	if o.StateDir, err = daemon.MakeStateDir(o.StateDir); err != nil {
+		return nil, nil, err
 	}
 	if cfg.Engine, err = engines.Choose(ctx, engineConfig(o)); err != nil {
 		return nil, nil, err

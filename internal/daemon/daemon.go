@@ -72,11 +72,11 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	if d.log == nil {
 		d.log = slog.New(slog.DiscardHandler)
 	}
-	if err = d.makeStateDir(); err != nil {
+	if d.cfg.StateDir, err = MakeStateDir(cfg.StateDir); err != nil {
 		return nil, err
 	}
 	if !cfg.Ephemeral {
-		if d.lock, err = lock(cfg.StateDir); err != nil {
+		if d.lock, err = lock(d.cfg.StateDir); err != nil {
 			return nil, err
 		}
 		u.Add(d.lock.Close)
@@ -105,20 +105,21 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 // paths hold 107 bytes at most, and end in /sandboxes/sb-0123456789ab/agent.sock.
 const maxStateDir = 107 - len("/sandboxes/sb-0123456789ab/agent.sock")
 
-func (d *Daemon) makeStateDir() error {
-	dir, err := filepath.Abs(d.cfg.StateDir)
+// MakeStateDir makes a state directory, unless it is there, and returns its
+// absolute path. Open does so too; whoever needs it before calls this.
+func MakeStateDir(path string) (string, error) {
+	dir, err := filepath.Abs(path)
 	if err != nil {
-		return err
+		return "", err
 	}
-	d.cfg.StateDir = dir
 	if len(dir) > maxStateDir {
-		err := fmt.Errorf("%w: state directory %s: its path is longer than %d bytes, so sockets in it have no address", errdef.ErrInvalid, dir, maxStateDir)
-		return errdef.WithHint(err, "choose a shorter --state-dir")
+		err = fmt.Errorf("%w: state directory %s: its path is longer than %d bytes, so sockets in it have no address", errdef.ErrInvalid, dir, maxStateDir)
+		return "", errdef.WithHint(err, "choose a shorter --state-dir")
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return errdef.WithHint(fmt.Errorf("make state directory: %w", err), "choose another --state-dir, or run as root")
+	if err = os.MkdirAll(dir, 0o700); err != nil {
+		return "", errdef.WithHint(fmt.Errorf("make state directory: %w", err), "choose another --state-dir, or run as root")
 	}
-	return nil
+	return dir, nil
 }
 
 func (d *Daemon) path(name string) string { return filepath.Join(d.cfg.StateDir, name) }

@@ -13,7 +13,6 @@ type State string
 const (
 	Creating State = "creating" // nobody has been given it yet; never listed
 	Running  State = "running"
-	Paused   State = "paused"
 	Dead     State = "dead" // its machine ended by itself; Info.Reason says how
 )
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -90,7 +91,7 @@ type template struct {
 }
 
 func (t *template) manifest() snapshot.Manifest {
-	warmup := append(append([]string{}, t.img.Manifest.Warmup...), t.req.Warmup...)
+	warmup := t.warmup()
 	if imports := t.imports(); len(imports) > 0 {
 		warmup = append(warmup, "import "+strings.Join(imports, ", "))
 	}
@@ -115,8 +116,12 @@ func (t *template) room() error {
 	return nil
 }
 
+func (t *template) warmup() []string {
+	return slices.Concat(t.img.Manifest.Warmup, t.req.Warmup)
+}
+
 func (t *template) imports() []string {
-	return append(append([]string{}, t.img.Manifest.Imports...), t.req.Imports...)
+	return slices.Concat(t.img.Manifest.Imports, t.req.Imports)
 }
 
 // make runs the template up to its frozen state. Its machine is gone when it
@@ -192,16 +197,12 @@ func (t *template) boot(ctx context.Context, id string) error {
 	return nil
 }
 
-// endTime is how long after its connections the end of a machine's process may
-// come to be known.
-const endTime = 100 * time.Millisecond
-
 // explain adds how the machine ended, or what the guest's kernel said last, to why it did not come up.
 func (t *template) explain(ctx context.Context, err error) error {
 	select {
 	case <-t.vm.Done():
 		return cause(t.vm, err)
-	case <-time.After(endTime):
+	case <-time.After(deathNotice):
 	}
 	teller, ok := t.vm.(interface {
 		Console(ctx context.Context) (string, error)
@@ -226,7 +227,7 @@ func (t *template) warm(ctx context.Context) error {
 		}
 		t.languages = append(t.languages, in.Name)
 	}
-	for _, line := range append(append([]string{}, t.img.Manifest.Warmup...), t.req.Warmup...) {
+	for _, line := range t.warmup() {
 		progress.Report(ctx, "warm", "running "+line)
 		if err := t.runWarmup(ctx, line); err != nil {
 			return err

@@ -239,13 +239,14 @@ func (m *machine) Console(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	var text string
 	read := command{Execute: "ringbuf-read", Arguments: map[string]any{"device": "console", "size": 65536}}
 	raw, err := control.execute(ctx, read)
 	if err != nil {
 		return "", fmt.Errorf("read console: %w", err)
 	}
-	return text, decode(raw, &text)
+	var text string
+	err = decode(raw, &text)
+	return text, err
 }
 
 // Kill ends QEMU and waits for its end.
