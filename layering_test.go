@@ -32,15 +32,18 @@ var mayImport = map[string][]string{
 	// Tier 1: mechanisms, which know nothing of sandboxes.
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
+	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
 	"internal/image":    {"internal/durable", "internal/errdef", "internal/progress"},
-	"internal/snapshot": {"internal/durable", "internal/errdef", "internal/linux", "internal/progress", "internal/vmm"},
-	"internal/vmm":      {},
-	"internal/vmm/qemu": {"internal/errdef", "internal/linux", "internal/undo", "internal/vmm"},
+	"internal/snapshot": {
+		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
+	},
+	"internal/vmm":      {"internal/guestmem"},
+	"internal/vmm/qemu": {"internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm"},
 
 	// Tier 2: the domain.
 	"internal/sandbox": {
-		"internal/durable", "internal/errdef", "internal/guest", "internal/image", "internal/linux",
-		"internal/progress", "internal/snapshot", "internal/undo", "internal/vmm",
+		"internal/durable", "internal/errdef", "internal/guest", "internal/guestmem", "internal/guestproto",
+		"internal/image", "internal/linux", "internal/progress", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
 
 	// Tier 3: delivery.
@@ -53,7 +56,7 @@ var mayImport = map[string][]string{
 	"internal/wire": {},
 
 	// Tier 4: assembly.
-	"cmd/tine":       {"internal/assemble", "internal/cli"},
+	"cmd/tine":       {"internal/assemble", "internal/cli", "internal/guestmem"},
 	"cmd/tine-agent": {"internal/agent"},
 	"internal/assemble": {
 		"client", "internal/bench", "internal/cli", "internal/daemon", "internal/demo", "internal/doctor",
@@ -64,8 +67,8 @@ var mayImport = map[string][]string{
 		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
 	"internal/daemon": {
-		"client", "internal/api", "internal/durable", "internal/errdef", "internal/image", "internal/sandbox",
-		"internal/snapshot", "internal/undo", "internal/vmm", "internal/wire",
+		"client", "internal/api", "internal/durable", "internal/errdef", "internal/guestmem", "internal/image",
+		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm", "internal/wire",
 	},
 	"internal/demo": {
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/progress",
@@ -104,7 +107,7 @@ var testsMayImport = map[string][]string{
 // plain are the packages that use no other module than x/sys: leaves that
 // everything stands on, and what goes into the guest.
 var plain = []string{
-	"cmd/tine-agent", "internal/agent", "internal/durable", "internal/errdef", "internal/guest",
+	"cmd/tine-agent", "internal/agent", "internal/durable", "internal/errdef", "internal/guest", "internal/guestmem",
 	"internal/guestproto", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
 }
 

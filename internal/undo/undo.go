@@ -27,6 +27,12 @@ func (s *Stack) Run(err error) error {
 	if err == nil {
 		return nil
 	}
+	return errors.Join(err, s.Close())
+}
+
+// Close runs and forgets all steps, for what holds things until it is closed.
+func (s *Stack) Close() error {
+	var err error
 	for _, step := range slices.Backward(s.steps) {
 		err = errors.Join(err, step())
 	}
