@@ -1,6 +1,8 @@
 // Package vmm says what a virtual machine monitor must do for Tine: boot a
 // machine, freeze it into a memory image and a device state, and bring up any
-// number of machines that share that image copy-on-write.
+// number of machines that share that image copy-on-write. Such a machine can be
+// branched while it lives: its device state is written by SaveDevice, and its
+// memory is read from outside, with package guestmem, where Memory says it is.
 //
 // It is the seam between Tine and the monitors (qemu, firecracker, fake). It
 // knows nothing of sandboxes, snapshots' names or the guest protocol: it hands
@@ -11,6 +13,8 @@ import (
 	"context"
 	"io"
 	"os"
+
+	"github.com/tinevm/tine/internal/guestmem"
 )
 
 // Engine starts virtual machines. Implementations are safe for concurrent use
@@ -92,25 +96,38 @@ type StartSpec struct {
 	Common
 	Boot Boot
 	// Memory is the path of the file that becomes the guest's RAM, shared: the
-	// engine creates it with the machine's size, and after Freeze it holds the
-	// guest's memory. It must not exist. Empty: RAM is private and anonymous,
-	// and the machine cannot be frozen.
+	// engine creates it, and after Freeze it holds the guest's memory. It must
+	// not exist. Empty: RAM is private and anonymous, and the machine cannot be
+	// frozen. Either way the machine cannot be branched: VM.Memory refuses.
 	Memory string
 }
 
 // RestoreSpec is a machine to bring up from a frozen one.
 type RestoreSpec struct {
 	Common
-	// Memory is the image that Freeze left. It is mapped privately: the file
-	// never changes.
+	// Memory is a whole image: what Freeze left, or one made from it and the
+	// layers of branches. It is mapped privately: the file never changes, and
+	// must not be written to, renamed or removed while the machine lives.
 	Memory string
-	// Device is the file of device state that Freeze wrote.
+	// Device is the file of device state that Freeze or SaveDevice wrote: the
+	// engine sees which. A file that is neither is errdef.ErrInvalid.
 	Device string
+	// Fill, if not nil, completes the memory: it writes what the image lacks,
+	// say the layers above it, into the space that it is given. It is called
+	// once, when the memory is mapped and before the machine has loaded device
+	// state or run, so that nothing reads what it has not written yet. Its
+	// context is Restore's. When it fails so does Restore, with its error.
+	Fill func(context.Context, guestmem.Space) error
 	// Paused leaves the machine paused: call Resume to run it.
 	Paused bool
 }
 
 // VM is one running machine. Its methods are safe for concurrent use.
+//
+// To branch a machine is Pause, SaveDevice and a copy or a freeze of Memory, in
+// any order, then Resume: device state and memory belong together only if the
+// machine did not run between them. That is the caller's to see to, as nothing
+// here keeps another caller from resuming a machine.
 type VM interface {
 	// Dial opens the byte stream to the guest's agent. There is at most one at
 	// a time: a second Dial waits for, or fails because of, the first. Closing
@@ -124,8 +141,29 @@ type VM interface {
 	Freeze(ctx context.Context, device string) error
 
 	// Pause stops the virtual CPUs; Resume lets them run. Both are idempotent.
+	// When Pause fails, as when its context ends, the machine may be paused or
+	// not: a caller who gives up calls Resume all the same.
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+
+	// Paused reports whether the virtual CPUs stand still.
+	Paused(ctx context.Context) (bool, error)
+
+	// SaveDevice writes the device state of a paused machine, without its
+	// memory, to the file device, which must not exist. It does not sync the
+	// file. The machine stays paused whatever happens, and goes on as if
+	// nothing had been when it is resumed, as often as one likes. Streams to
+	// the guest stay open; a machine restored from the file begins with none.
+	// It returns errdef.ErrConflict when the machine is not paused. On error
+	// there is no file, unless it was there before.
+	SaveDevice(ctx context.Context, device string) error
+
+	// Memory says where the guest's RAM is mapped: a private mapping of
+	// RestoreSpec.Memory. It returns errdef.ErrUnsupported for a machine that
+	// was booted and not restored, whose RAM is no such mapping. The space is
+	// good for as long as the machine lives. What is read from it belongs to
+	// one instant only while the machine is paused.
+	Memory() (guestmem.Space, error)
 
 	// PID is the monitor's process, or 0 where there is none.
 	PID() int
@@ -157,4 +195,8 @@ type Handle struct {
 	// BootID is the host's boot id: ticks of another boot mean nothing.
 	BootID string `json:"boot_id"`
 	Dir    string `json:"dir"`
+	// Memory is the image that the machine maps privately, as an absolute path
+	// without links, and empty if it maps none: VM.Memory finds the mapping by
+	// it.
+	Memory string `json:"memory,omitempty"`
 }

@@ -1,13 +1,18 @@
 // Package fake is an engine without machines: a guest is the real agent in
-// this process, and its memory is the directory it works in. Tests of what
-// lies above the engines run on it, without privileges and in milliseconds.
+// this process, and its state is the directory it works in. Tests of what lies
+// above the engines run on it, without privileges and in milliseconds.
+//
+// A machine has memory all the same, so that branches can be tested on it:
+// MemorySize bytes, whatever its shape says. Freeze and SaveDevice write an
+// archive of the directory into the first half; the second half is the test's
+// own, by Dirty. A fork maps its image privately in this process, and begins
+// with the files that are in it.
 //
 // A fork inherits the files of the machine it was frozen from, and nothing
 // else: processes and interpreters do not survive a freeze.
 package fake
 
 import (
-	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +26,7 @@ import (
 
 	"github.com/tinevm/tine/internal/agent"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
 )
@@ -30,13 +36,14 @@ type Engine struct {
 	mu       sync.Mutex
 	running  map[string]*machine // by directory
 	detached map[string]*machine // those that Adopt may take
+	failures map[string]error    // by the operation that is to fail next
 }
 
 var _ vmm.Engine = (*Engine)(nil)
 
 // New returns an engine.
 func New() *Engine {
-	return &Engine{running: map[string]*machine{}, detached: map[string]*machine{}}
+	return &Engine{running: map[string]*machine{}, detached: map[string]*machine{}, failures: map[string]error{}}
 }
 
 // Name is "fake".
@@ -48,25 +55,49 @@ func (e *Engine) Version() string { return "1" }
 // Caps says that there is nothing special about it.
 func (e *Engine) Caps() vmm.Caps { return vmm.Caps{MaxVCPUs: 16} }
 
-// deviceState is what Freeze writes and Restore expects.
+// deviceState is what Freeze and SaveDevice write and Restore expects.
 const deviceState = "fake device state 1\n"
+
+// Fail makes the next op of any machine fail with err. Operations are named
+// like the methods: Start, Restore, Freeze, SaveDevice, Pause, Resume.
+func (e *Engine) Fail(op string, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.failures[op] = err
+}
+
+// fails returns the error that op is to fail with, once.
+func (e *Engine) fails(op string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	err := e.failures[op]
+	delete(e.failures, op)
+	return err
+}
 
 // Start runs an agent in an empty directory.
 func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) {
-	if spec.Memory != "" {
-		f, err := os.OpenFile(spec.Memory, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-		if err != nil {
-			return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
-		}
-		if err := f.Close(); err != nil {
-			return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
-		}
-	}
-	m, err := e.run(ctx, spec.Common)
+	m, err := e.start(ctx, spec)
 	if err != nil {
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
 	}
-	m.memory = spec.Memory
+	return m, nil
+}
+
+func (e *Engine) start(ctx context.Context, spec vmm.StartSpec) (*machine, error) {
+	if err := e.fails("Start"); err != nil {
+		return nil, err
+	}
+	if spec.Memory != "" {
+		if err := createImage(spec.Memory); err != nil {
+			return nil, err
+		}
+	}
+	m, err := e.run(ctx, spec.Common, nil)
+	if err != nil {
+		return nil, err
+	}
+	m.image = spec.Memory
 	return m, nil
 }
 
@@ -80,6 +111,11 @@ func (e *Engine) Restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 }
 
 func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	if err = e.fails("Restore"); err != nil {
+		return nil, err
+	}
 	device, err := os.ReadFile(spec.Device)
 	if err != nil {
 		return nil, err
@@ -87,20 +123,22 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	if string(device) != deviceState {
 		return nil, fmt.Errorf("%w: device state %q", errdef.ErrInvalid, device)
 	}
-	memory, err := os.Open(spec.Memory)
+	mem, err := mapImage(spec.Memory)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = memory.Close() }() // only read
-	m, err := e.run(ctx, spec.Common)
+	u.Add(mem.unmap)
+	if spec.Fill != nil {
+		if err = spec.Fill(ctx, mem.space()); err != nil {
+			return nil, fmt.Errorf("fill memory: %w", err)
+		}
+	}
+	m, err := e.run(ctx, spec.Common, mem)
 	if err != nil {
 		return nil, err
 	}
 	if spec.Paused {
-		err = m.Pause(ctx)
-	}
-	if err = errors.Join(err, thaw(memory, m.files)); err != nil {
-		return nil, errors.Join(err, m.Kill(ctx))
+		m.stop()
 	}
 	return m, nil
 }
@@ -130,7 +168,26 @@ func (e *Engine) Crash(dir string, err error) bool {
 	return true
 }
 
-func (e *Engine) run(ctx context.Context, spec vmm.Common) (_ *machine, err error) {
+// Dirty writes data at the beginning of a page of the memory of the machine
+// whose directory is dir, as its guest would. The page is one of the second
+// half of memory, and the machine one that was restored.
+func (e *Engine) Dirty(dir string, page uint64, data []byte) error {
+	e.mu.Lock()
+	m := e.running[dir]
+	e.mu.Unlock()
+	if m == nil {
+		return fmt.Errorf("%w: machine in %s", errdef.ErrNotFound, dir)
+	}
+	mem, err := m.mapped()
+	if err != nil {
+		return err
+	}
+	return mem.dirty(page, data)
+}
+
+// run starts an agent; mem, if not nil, has the files it begins with, and
+// becomes the machine's.
+func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory) (_ *machine, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
 	if ctx.Err() != nil {
@@ -139,11 +196,16 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common) (_ *machine, err erro
 	if spec.Machine.MemoryMiB < 64 || spec.Machine.VCPUs < 1 || spec.Machine.VCPUs > e.Caps().MaxVCPUs {
 		return nil, fmt.Errorf("%w: machine %+v", errdef.ErrInvalid, spec.Machine)
 	}
-	m := &machine{engine: e, spec: spec, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
+	m := &machine{engine: e, spec: spec, memory: mem, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
 	if err := os.Mkdir(m.files, 0o700); err != nil {
 		return nil, err
 	}
 	u.Add(func() error { return os.RemoveAll(m.files) })
+	if mem != nil {
+		if err := mem.load(m.files); err != nil {
+			return nil, err
+		}
+	}
 	for _, lease := range spec.Leases {
 		fd, err := unix.FcntlInt(lease.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		if err != nil {
@@ -165,8 +227,9 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common) (_ *machine, err erro
 type machine struct {
 	engine *Engine
 	spec   vmm.Common
-	files  string // the guest's directory
-	memory string
+	files  string  // the guest's directory
+	image  string  // where Freeze writes memory, if it can be frozen
+	memory *memory // nil if it was not restored
 	agent  *agent.Agent
 	leases []*os.File
 	done   chan struct{}
@@ -210,7 +273,7 @@ func (m *machine) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
 	select {
 	case m.line <- struct{}{}:
 	case <-m.done:
-		return nil, fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
+		return nil, errGone
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
@@ -218,7 +281,7 @@ func (m *machine) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
 	defer m.mu.Unlock()
 	if m.over {
 		<-m.line
-		return nil, fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
+		return nil, errGone
 	}
 	host, guest := net.Pipe()
 	m.serve.Go(func() {
@@ -245,16 +308,26 @@ func (g *gated) Read(p []byte) (int, error) {
 }
 
 func (m *machine) Pause(context.Context) error {
+	if err := m.engine.fails("Pause"); err != nil {
+		return err
+	}
+	m.stop()
+	return nil
+}
+
+func (m *machine) stop() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.paused && !m.over {
 		m.running.Lock()
 		m.paused = true
 	}
-	return nil
 }
 
 func (m *machine) Resume(context.Context) error {
+	if err := m.engine.fails("Resume"); err != nil {
+		return err
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.paused {
@@ -264,7 +337,72 @@ func (m *machine) Resume(context.Context) error {
 	return nil
 }
 
-// Freeze writes the guest's directory as an archive.
+func (m *machine) Paused(context.Context) (bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.over {
+		return false, errGone
+	}
+	return m.paused, nil
+}
+
+var errGone = fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
+
+func (m *machine) Memory() (guestmem.Space, error) {
+	mem, err := m.mapped()
+	if err != nil {
+		return guestmem.Space{}, err
+	}
+	return mem.space(), nil
+}
+
+// mapped is the memory of a restored machine that lives.
+func (m *machine) mapped() (*memory, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.memory == nil:
+		return nil, fmt.Errorf("%w: memory of machine in %s is not a private mapping of an image", errdef.ErrUnsupported, m.spec.Dir)
+	case m.over:
+		return nil, errGone
+	}
+	return m.memory, nil
+}
+
+// SaveDevice brings the guest's files into memory, and then says that it is so.
+func (m *machine) SaveDevice(ctx context.Context, device string) error {
+	paused, err := m.Paused(ctx)
+	if err != nil {
+		return err
+	}
+	if !paused {
+		return fmt.Errorf("%w: save device state of a machine that is not paused", errdef.ErrConflict)
+	}
+	if m.memory != nil {
+		if err := m.memory.save(m.files); err != nil {
+			return fmt.Errorf("save device state: %w", err)
+		}
+	}
+	// A failure comes when all is done that could have been left behind.
+	if err := m.writeDevice(device, "SaveDevice"); err != nil {
+		return fmt.Errorf("save device state: %w", err)
+	}
+	return nil
+}
+
+func (m *machine) writeDevice(device, op string) (err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	f, err := os.OpenFile(device, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	u.Add(func() error { return os.Remove(device) })
+	_, err = f.WriteString(deviceState)
+	return errors.Join(err, f.Close(), m.engine.fails(op))
+}
+
+// Freeze writes the guest's directory into the image.
 func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	if err = m.Pause(ctx); err != nil {
 		return err
@@ -274,65 +412,13 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 			err = errors.Join(fmt.Errorf("freeze: %w", err), m.Resume(ctx))
 		}
 	}()
-	if m.memory == "" {
+	if m.image == "" {
 		return fmt.Errorf("%w: the machine's memory is not in a file", errdef.ErrInvalid)
 	}
-	f, err := os.OpenFile(device, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err = m.writeDevice(device, "Freeze"); err != nil {
 		return err
 	}
-	_, err = f.WriteString(deviceState)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return freeze(m.files, m.memory)
-}
-
-func freeze(dir, memory string) error {
-	f, err := os.OpenFile(memory, os.O_WRONLY|os.O_TRUNC, 0)
-	if err != nil {
-		return err
-	}
-	w := tar.NewWriter(f)
-	return errors.Join(w.AddFS(os.DirFS(dir)), w.Close(), f.Close())
-}
-
-// thaw unpacks an archive that freeze wrote.
-func thaw(archive io.Reader, dir string) (err error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, root.Close()) }()
-	r := tar.NewReader(archive)
-	for {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if err := unpack(root, h, r); err != nil {
-			return err
-		}
-	}
-}
-
-func unpack(root *os.Root, h *tar.Header, r io.Reader) error {
-	mode := h.FileInfo().Mode().Perm()
-	if h.Typeflag == tar.TypeDir {
-		return root.MkdirAll(filepath.Clean(h.Name), mode)
-	}
-	if err := root.MkdirAll(filepath.Dir(h.Name), 0o755); err != nil {
-		return err
-	}
-	f, err := root.OpenFile(h.Name, os.O_CREATE|os.O_WRONLY, mode)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(f, r)
-	return errors.Join(err, f.Close())
+	return freeze(m.files, m.image)
 }
 
 // Kill ends the agent and waits for all it started.
@@ -364,6 +450,9 @@ func (m *machine) end(err error) {
 		}
 		m.engine.forget(m)
 		m.err = err
+		if m.memory != nil {
+			m.err = errors.Join(err, m.memory.unmap())
+		}
 		close(m.done)
 	})
 }

@@ -30,6 +30,8 @@ type launcher struct {
 	engine *Engine
 	spec   vmm.Common
 	args   []string
+	image  string     // what guest RAM maps privately, if it does
+	bare   bool       // device state comes without configuration
 	files  []*os.File // handed down from descriptor 3 on
 	opened []*os.File // those of files that are ours to close
 }
@@ -44,16 +46,33 @@ func (l *launcher) give(f *os.File) int {
 	return len(l.files) + 2 // 0, 1 and 2 are the standard streams
 }
 
-// memory makes guest RAM of the file at path: written through when shared,
-// copied on write when not; of anonymous memory when path is empty.
-func (l *launcher) memory(path string, shared bool) {
+// memory makes guest RAM of the file at path, written through; of anonymous
+// memory when path is empty.
+func (l *launcher) memory(path string) {
 	size := strconv.Itoa(l.spec.Machine.MemoryMiB) + "M"
 	if path == "" {
 		l.args = append(l.args, "-object", "memory-backend-ram,id=ram,size="+size)
 		return
 	}
+	l.args = append(l.args, "-object", "memory-backend-file,id=ram,share=on,size="+size+",mem-path="+path)
+}
+
+// mapImage makes guest RAM of the file at path, copied on write.
+func (l *launcher) mapImage(path string) (err error) {
+	// The kernel names mappings by absolute paths without links, and
+	// Memory looks for this one by its name.
+	if path, err = filepath.Abs(path); err != nil {
+		return err
+	}
+	if l.image, err = filepath.EvalSymlinks(path); err != nil {
+		return err
+	}
+	if err = checkPath(l.image); err != nil {
+		return err
+	}
 	l.args = append(l.args, "-object",
-		fmt.Sprintf("memory-backend-file,id=ram,size=%s,mem-path=%s,share=%s", size, path, onOff(shared)))
+		fmt.Sprintf("memory-backend-file,id=ram,share=off,size=%dM,mem-path=%s", l.spec.Machine.MemoryMiB, l.image))
+	return nil
 }
 
 // incoming hands down the file of device state that load will name.
@@ -63,6 +82,12 @@ func (l *launcher) incoming(device string) (fd int, err error) {
 		return 0, err
 	}
 	l.opened = append(l.opened, f)
+	if l.bare, err = bareState(f); err != nil {
+		return 0, fmt.Errorf("read %s: %w", device, err)
+	}
+	if l.bare {
+		l.args = append(l.args, "-global", "migration.send-configuration=off")
+	}
 	// QEMU takes over the frozen machine's run state too, so only "cont" makes
 	// it run; -S says so.
 	l.args = append(l.args, "-S", "-incoming", "defer")
@@ -119,7 +144,7 @@ func (l *launcher) handle(pid int) (vmm.Handle, error) {
 	if err != nil {
 		return vmm.Handle{}, err
 	}
-	return vmm.Handle{Engine: l.engine.Name(), PID: pid, StartTime: start, BootID: boot, Dir: l.spec.Dir}, nil
+	return vmm.Handle{Engine: l.engine.Name(), PID: pid, StartTime: start, BootID: boot, Dir: l.spec.Dir, Memory: l.image}, nil
 }
 
 // machine adds what every machine has. The same list must stand in front of a
@@ -140,13 +165,17 @@ func (l *launcher) machine() error {
 	if err != nil {
 		return err
 	}
+	shape := "pc,hpet=off,vmport=off,usb=off,smm=off,graphics=off,i8042=off,memory-backend=ram"
+	if l.bare {
+		shape += ",suppress-vmdesc=on" // QEMU would miss the description that such a state lacks
+	}
 	ram := l.spec.Machine.MemoryMiB
 	room := root.Size()>>20 + 1024 // address space for the root image, and its alignment to 1 GiB
 	l.args = append(l.args,
 		"-name", "tine-"+l.spec.ID,
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-		"-M", "pc,hpet=off,vmport=off,usb=off,smm=off,graphics=off,i8042=off,memory-backend=ram")
+		"-M", shape)
 	l.args = append(l.args, l.engine.cpu()...)
 	l.args = append(l.args,
 		"-smp", strconv.Itoa(l.spec.Machine.VCPUs),
@@ -200,11 +229,4 @@ func (e *Engine) cpu() []string {
 	// reserve up to a gigabyte. Five-level page tables only make emulated page
 	// walks longer.
 	return []string{"-accel", "tcg,tb-size=64", "-cpu", "max,la57=off"}
-}
-
-func onOff(b bool) string {
-	if b {
-		return "on"
-	}
-	return "off"
 }

@@ -18,7 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
 )
 
@@ -184,17 +186,81 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	return m.waitMigration(ctx, control, "freeze")
 }
 
+// Paused reports whether the vCPUs stand still.
+func (m *machine) Paused(ctx context.Context) (bool, error) {
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return false, err
+	}
+	var state struct {
+		Running bool `json:"running"`
+	}
+	if err := control.query(ctx, "query-status", &state); err != nil {
+		return false, m.ended(fmt.Errorf("ask whether it is paused: %w", err))
+	}
+	return !state.Running, nil
+}
+
+// Memory finds the mapping of the image among QEMU's.
+func (m *machine) Memory() (guestmem.Space, error) {
+	select {
+	case <-m.done: // its PID may be another process's
+		return guestmem.Space{}, m.ended(nil)
+	default:
+	}
+	if m.handle.Memory == "" {
+		return guestmem.Space{}, fmt.Errorf("%w: memory of machine in %s is not a private mapping of an image", errdef.ErrUnsupported, m.handle.Dir)
+	}
+	space, err := guestmem.FindSpace(m.handle.PID, m.handle.Memory)
+	if err != nil {
+		return guestmem.Space{}, m.ended(fmt.Errorf("find memory of machine in %s: %w", m.handle.Dir, err))
+	}
+	return space, nil
+}
+
+// SaveDevice writes the device state of a paused machine.
+func (m *machine) SaveDevice(ctx context.Context, device string) error {
+	paused, err := m.Paused(ctx)
+	if err != nil {
+		return err
+	}
+	if !paused {
+		return fmt.Errorf("%w: save device state of a machine that is not paused", errdef.ErrConflict)
+	}
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	state, err := control.saveState(ctx)
+	if err != nil {
+		return m.ended(fmt.Errorf("save device state: %w", err))
+	}
+	if err := writeNew(device, state); err != nil {
+		return fmt.Errorf("save device state: %w", err)
+	}
+	return nil
+}
+
 // ignoreShared leaves memory that lives in a shared file out of device state.
 var ignoreShared = command{Execute: "migrate-set-capabilities", Arguments: map[string]any{
 	"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}},
 }}
 
 // load makes a QEMU that waits for its device state read it from descriptor
-// fd, and lets it run.
-func (m *machine) load(ctx context.Context, fd int, run bool) error {
-	control, err := m.monitor(ctx)
+// fd, once fill has completed the memory, and lets it run.
+func (m *machine) load(ctx context.Context, fd int, fill func(context.Context, guestmem.Space) error, run bool) error {
+	control, err := m.monitor(ctx) // it greets when memory is mapped, and answers when the machine is made
 	if err != nil {
 		return err
+	}
+	if fill != nil {
+		space, err := m.Memory()
+		if err != nil {
+			return err
+		}
+		if err := fill(ctx, space); err != nil {
+			return m.ended(fmt.Errorf("fill memory: %w", err))
+		}
 	}
 	start := command{Execute: "migrate-incoming", Arguments: map[string]any{"uri": fmt.Sprintf("fd:%d", fd)}}
 	if err := control.executeAll(ctx, ignoreShared, start); err != nil {
@@ -314,8 +380,13 @@ func (m *machine) ended(err error) error {
 func (m *machine) monitor(ctx context.Context) (*monitor, error) {
 	m.controlMu.Lock()
 	defer m.controlMu.Unlock()
-	if m.control != nil && !m.control.broken() {
-		return m.control, nil
+	if m.control != nil {
+		if !m.control.broken() {
+			return m.control, nil
+		}
+		// QEMU greets the next connection only when this one has ended.
+		_ = m.control.close() // it is of no use any more
+		m.control = nil
 	}
 	control, err := dialMonitor(ctx, filepath.Join(m.handle.Dir, controlSocket))
 	if err != nil {
@@ -323,6 +394,19 @@ func (m *machine) monitor(ctx context.Context) (*monitor, error) {
 	}
 	m.control = control
 	return control, nil
+}
+
+// writeNew makes the file at path, which must not exist; on error there is none.
+func writeNew(path string, data []byte) (err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	u.Add(func() error { return os.Remove(path) })
+	_, err = f.Write(data)
+	return errors.Join(err, f.Close())
 }
 
 func removeIfExists(path string) error {

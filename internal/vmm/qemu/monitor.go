@@ -22,6 +22,8 @@ type monitor struct {
 	conn *net.UnixConn
 	in   *bufio.Scanner
 	dead bool
+
+	scratch scratch
 }
 
 // command is one request to QEMU.
@@ -163,7 +165,10 @@ func (m *monitor) broken() bool {
 }
 
 // close ends the connection; a command under way fails.
-func (m *monitor) close() error { return m.conn.Close() }
+func (m *monitor) close() error {
+	err := m.conn.Close()
+	return errors.Join(err, m.scratch.close())
+}
 
 func decode(raw json.RawMessage, v any) error {
 	if err := json.Unmarshal(raw, v); err != nil {

@@ -102,11 +102,11 @@ func (e *Engine) Caps() vmm.Caps {
 
 // Start boots a machine.
 func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) {
-	if err := check(spec.Common); err != nil {
+	if err := errors.Join(check(spec.Common), checkPath(spec.Memory)); err != nil {
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
 	}
 	l := newLauncher(e, spec.Common)
-	l.memory(spec.Memory, true)
+	l.memory(spec.Memory)
 	l.args = append(l.args,
 		"-kernel", spec.Boot.Kernel, "-initrd", spec.Boot.Initrd,
 		"-append", strings.TrimSpace(e.cmdline()+" "+spec.Boot.Cmdline))
@@ -134,16 +134,19 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 		return nil, fmt.Errorf("%w: memory image and device state are both needed", errdef.ErrInvalid)
 	}
 	l := newLauncher(e, spec.Common)
-	l.memory(spec.Memory, false)
+	if err := l.mapImage(spec.Memory); err != nil {
+		return nil, err
+	}
 	device, err := l.incoming(spec.Device)
 	if err != nil {
+		l.closeOpened()
 		return nil, err
 	}
 	vm, err := l.launch(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := vm.load(ctx, device, !spec.Paused); err != nil {
+	if err := vm.load(ctx, device, spec.Fill, !spec.Paused); err != nil {
 		return nil, errors.Join(err, vm.Kill(context.WithoutCancel(ctx)))
 	}
 	return vm, nil
@@ -190,10 +193,12 @@ func check(c vmm.Common) error {
 	case len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
 		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
 	}
-	for _, path := range []string{c.Dir, c.Root} {
-		if strings.ContainsAny(path, ",\n") {
-			return fmt.Errorf("%w: path %q holds a character that QEMU's options cannot", errdef.ErrInvalid, path)
-		}
+	return errors.Join(checkPath(c.Dir), checkPath(c.Root))
+}
+
+func checkPath(path string) error {
+	if strings.ContainsAny(path, ",\n") {
+		return fmt.Errorf("%w: path %q holds a character that QEMU's options cannot", errdef.ErrInvalid, path)
 	}
 	return nil
 }

@@ -43,6 +43,13 @@ func Run(t *testing.T, s Setup) {
 	t.Run("second-session", h.secondSession)
 	t.Run("leases-last-as-long-as-the-machine", h.leases)
 	t.Run("adopted-after-detach", h.adopted)
+	t.Run("branch-is-of-one-instant", h.branchIsOfOneInstant)
+	t.Run("branch-of-a-branch", h.branchOfABranch)
+	t.Run("branch-of-an-adopted-machine", h.branchOfAnAdopted)
+	t.Run("save-device-refuses", h.saveDeviceRefuses)
+	t.Run("dead-machine", h.deadMachine)
+	t.Run("fill-fails", h.fillFails)
+	t.Run("restore-refuses-what-is-no-device-state", h.restoreRefusesDevice)
 	t.Run("image-is-never-written", h.imageUnchanged)
 }
 
@@ -114,6 +121,9 @@ func (h *harness) template(t *testing.T) {
 		t.Fatal(err)
 	}
 	closeSession(t, c)
+	if space, err := vm.Memory(); !errors.Is(err, errdef.ErrUnsupported) {
+		t.Errorf("Memory of a template: %v, error %v, want ErrUnsupported", space, err)
+	}
 	if err := vm.Freeze(ctx, h.device); err != nil {
 		t.Fatal(err)
 	}
