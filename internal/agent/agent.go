@@ -35,6 +35,9 @@ type Config struct {
 	Home string
 	// Env is added to every process's default environment: NAME=value.
 	Env []string
+	// Upper is the directory that holds what the machine's files are beyond
+	// its image. Without it, and without a Fake, changes cannot be told.
+	Upper *os.File
 	// Log takes what cannot be told to the host. Nil discards it.
 	Log *slog.Logger
 }
@@ -79,7 +82,7 @@ func New(cfg Config) *Agent {
 	if cfg.Fake != nil {
 		a.sys, a.own, home = cfg.Fake, newOwnFiles(cfg.Fake.dir), cfg.Fake.dir
 	} else {
-		a.sys, a.own = newMachine(), newOwnFiles("")
+		a.sys, a.own = newMachine(cfg.Upper), newOwnFiles("")
 	}
 	if a.home == "" {
 		a.home = home
@@ -140,6 +143,9 @@ func (a *Agent) Serve(ctx context.Context, rw io.ReadWriter) error {
 			// The stream that broke the protocol has been reset; that is all
 			// there is to do about it.
 			_ = session.Deliver(f)
+			if f.Type == guestproto.TypeData && len(f.Payload) > 0 && guestproto.Channel(f.Payload[0]) == guestproto.ChanRequest {
+				clear(f.Payload) // as in accept
+			}
 		}
 	}
 	return context.Cause(ctx)
@@ -172,7 +178,7 @@ func (a *Agent) accept(st *guestproto.Stream, request []byte) {
 		st.Reset(errdef.Code(errdef.ErrUnsupported), fmt.Sprintf("agent %s does not know verb %d", Version, st.Verb()))
 		return
 	}
-	if st.Verb() == guestproto.VerbIdentity && a.identity.TryLock() {
+	if st.Verb() == guestproto.VerbIdentity && !st.More() && a.identity.TryLock() {
 		quick := a.identityIsQuick()
 		a.identity.Unlock()
 		if quick {
@@ -181,6 +187,9 @@ func (a *Agent) accept(st *guestproto.Stream, request []byte) {
 		}
 	}
 	first := append([]byte(nil), request...)
+	if st.Verb() == guestproto.VerbIdentity {
+		clear(request) // it may hold secrets, and what was read stays in memory
+	}
 	if !a.begin(func() { a.handle(st, h, first) }) {
 		st.Reset(errdef.Code(errClosed), errClosed.Error())
 	}
@@ -223,6 +232,8 @@ func (a *Agent) handler(v guestproto.Verb) handler {
 		return a.resume
 	case guestproto.VerbPowerOff:
 		return a.powerOff
+	case guestproto.VerbChanges:
+		return a.changes
 	default:
 		return a.fileHandler(v)
 	}
@@ -238,6 +249,10 @@ func (a *Agent) handle(st *guestproto.Stream, h handler, first []byte) {
 	}()
 	ctx := st.Context()
 	request, err := st.Request(ctx, first)
+	if st.Verb() == guestproto.VerbIdentity {
+		clear(first)
+		defer clear(request)
+	}
 	var last guestproto.Message
 	if err == nil {
 		last, err = h(ctx, st, request)

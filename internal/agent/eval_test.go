@@ -259,27 +259,6 @@ func TestForkReseeds(t *testing.T) {
 	}
 }
 
-func TestForkFailsWhileInterpreterIsBusy(t *testing.T) {
-	t.Parallel()
-	needPython(t)
-	m := newMachine(t)
-	c := m.dial()
-	busy, stop := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		_, _ = c.Eval(busy, guest.EvalRequest{Code: "import time; open('started', 'w'); time.sleep(100)"})
-	}()
-	eventually(t, "the evaluation to run", func() bool { _, err := os.Stat(m.path("started")); return err == nil })
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-	defer cancel()
-	if err := c.Identify(ctx, guest.NewIdentity("fork", "gen")); err == nil {
-		t.Error("identity was confirmed though the interpreter was not reseeded")
-	}
-	stop()
-	<-done
-}
-
 // TestEvalOutlivesItsSession: a host that goes away does not interrupt code.
 func TestEvalOutlivesItsSession(t *testing.T) {
 	t.Parallel()

@@ -92,7 +92,15 @@ func (pr *process) abandon(err error) error {
 
 // feed hands a stream's input to the process. Input that nobody takes is read
 // all the same: a host that waits for credit would not hear why.
+//
+// One stream at a time: what an earlier one sent goes first, even if that has
+// ended and the process reads nothing. Then those after it wait for no longer
+// than they last, so that hosts which come and go leave nobody behind.
 func (pr *process) feed(ctx context.Context, st *guestproto.Stream) {
+	if !pr.takeInput(ctx) {
+		return
+	}
+	defer func() { pr.input <- struct{}{} }()
 	var failed error
 	for {
 		c, err := st.Recv(ctx)
@@ -105,6 +113,21 @@ func (pr *process) feed(ctx context.Context, st *guestproto.Stream) {
 		if c.Channel == guestproto.ChanStdin && failed == nil {
 			_, failed = pr.stdin.Write(c.Data)
 		}
+	}
+}
+
+// takeInput waits for the turn to write to the process.
+func (pr *process) takeInput(ctx context.Context) bool {
+	select {
+	case <-pr.input:
+		return true
+	default:
+	}
+	select {
+	case <-pr.input:
+		return true
+	case <-ctx.Done():
+		return false
 	}
 }
 
@@ -130,18 +153,25 @@ func (a *Agent) run(req *guestproto.ExecRequest) (*process, error) {
 
 func (a *Agent) launch(req *guestproto.ExecRequest, who *account) (*process, error) {
 	c := &command{argv: req.Argv, env: a.environ(req, who), dir: workDir(req.Dir, who.home), user: who, tty: req.PTY}
+	if len(req.SecretEnv) > 0 {
+		var err error
+		if c.env, err = a.secretEnv(c.env, req.SecretEnv); err != nil {
+			return nil, fmt.Errorf("exec %s: %w", req.Argv[0], err)
+		}
+	}
 	ends, err := openStdio(req)
 	if err != nil {
 		return nil, fmt.Errorf("exec %s: %w", req.Argv[0], categorize(err))
 	}
 	c.files = ends.child
 	pr := &process{
-		agent: a, begun: time.Now(), stdin: ends.stdin, tty: ends.tty, done: make(chan struct{}),
+		agent: a, begun: time.Now(), stdin: ends.stdin, tty: ends.tty, done: make(chan struct{}), input: make(chan struct{}, 1),
 		info: guestproto.ProcessInfo{
 			Argv: shorten(req.Argv), User: who.name, Dir: c.dir, Started: time.Now().UnixNano(),
 			PTY: req.PTY, Background: req.Background,
 		},
 	}
+	pr.input <- struct{}{}
 	if pr.child, err = a.procs.start(c); err != nil {
 		ends.closeParent()
 		return nil, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,7 +20,7 @@ const (
 	runDir         = "/run/tine"
 	generationFile = "/run/tine/generation"
 	bootIDFile     = "/run/tine/boot_id" // bound over /proc/sys/kernel/random/boot_id
-	secretsDir     = "/run/tine/secrets"
+	secretsDir     = "/run/tine/secrets" // one file for each
 	forkSignalDir  = "/run/tine/fork-signal.d"
 	forkHookDir    = "/etc/tine/fork.d"
 )
@@ -54,7 +53,8 @@ func (a *Agent) putOnIdentity(ctx context.Context, _ *guestproto.Stream, request
 	}
 	a.identity.Lock()
 	defer a.identity.Unlock()
-	for _, step := range a.identitySteps(&id) {
+	done := &guestproto.IdentityDone{Generation: id.Generation}
+	for _, step := range a.identitySteps(&id, done) {
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("identity: %s: %w", step.name, context.Cause(ctx))
 		}
@@ -62,11 +62,11 @@ func (a *Agent) putOnIdentity(ctx context.Context, _ *guestproto.Stream, request
 			return nil, fmt.Errorf("identity: %s: %w", step.name, err)
 		}
 	}
-	return &guestproto.IdentityDone{Generation: id.Generation}, nil
+	return done, nil
 }
 
 // identityIsQuick reports whether nothing in an identity has to be waited for:
-// no hook, and no interpreter that must confirm at once.
+// no hook, and no interpreter that is anything but still.
 func (a *Agent) identityIsQuick() bool {
 	hooks, err := a.own.names(forkHookDir, maxHooks)
 	return err == nil && len(hooks) == 0 && a.interps.still()
@@ -77,10 +77,14 @@ type identityStep struct {
 	do   func(context.Context, *guestproto.Identity) error
 }
 
-func (a *Agent) identitySteps(id *guestproto.Identity) []identityStep {
+func (a *Agent) identitySteps(id *guestproto.Identity, done *guestproto.IdentityDone) []identityStep {
 	clock := identityStep{"clock", a.stepClock}
+	secrets := identityStep{"secrets", func(context.Context, *guestproto.Identity) (err error) {
+		done.Secrets, err = a.putOnSecrets(id)
+		return err
+	}}
 	if id.ClockOnly {
-		return []identityStep{clock}
+		return []identityStep{clock, secrets}
 	}
 	return []identityStep{
 		{"entropy", a.stepEntropy},
@@ -88,9 +92,12 @@ func (a *Agent) identitySteps(id *guestproto.Identity) []identityStep {
 		{"hostname", a.stepHostname},
 		{"machine-id", a.stepMachineID},
 		{"boot-id", a.stepBootID},
-		{"secrets", a.stepSecrets},
+		secrets,
 		{"generation", a.stepGeneration},
-		{"interpreters", a.stepInterpreters},
+		{"interpreters", func(ctx context.Context, id *guestproto.Identity) (err error) {
+			done.Signaled, err = a.interps.forked(ctx, id.Generation)
+			return err
+		}},
 		{"signals", a.stepSignals},
 		{"hooks", a.stepHooks},
 	}
@@ -98,6 +105,9 @@ func (a *Agent) identitySteps(id *guestproto.Identity) []identityStep {
 
 // checkIdentity refuses what would not make the machine unique.
 func checkIdentity(id *guestproto.Identity) error {
+	if err := guestproto.CheckSecrets(id.Secrets); err != nil {
+		return fmt.Errorf("%w: %w", errdef.ErrInvalid, err)
+	}
 	if id.ClockOnly {
 		if id.Clock <= 0 {
 			return fmt.Errorf("%w: no clock", errdef.ErrInvalid)
@@ -168,15 +178,6 @@ func (a *Agent) stepBootID(_ context.Context, id *guestproto.Identity) error {
 	return a.own.put(bootIDFile, id.BootID+"\n")
 }
 
-// stepSecrets drops what the parent was trusted with and this machine is not.
-func (a *Agent) stepSecrets(context.Context, *guestproto.Identity) error {
-	dir := a.path(secretsDir)
-	if err := unix.Rmdir(dir); err == nil || errors.Is(err, unix.ENOENT) {
-		return nil // as nearly always
-	}
-	return os.RemoveAll(dir)
-}
-
 // stepGeneration says in a file, in one write so that it can be watched, which
 // fork this is.
 func (a *Agent) stepGeneration(_ context.Context, id *guestproto.Identity) error {
@@ -186,10 +187,6 @@ func (a *Agent) stepGeneration(_ context.Context, id *guestproto.Identity) error
 	generation := id.Generation
 	a.generation.Store(&generation)
 	return nil
-}
-
-func (a *Agent) stepInterpreters(ctx context.Context, id *guestproto.Identity) error {
-	return a.interps.forked(ctx, id.Generation)
 }
 
 // stepSignals signals the processes that asked to be told of a fork: a file

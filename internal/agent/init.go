@@ -44,7 +44,7 @@ func RunInit(ctx context.Context, log *slog.Logger) error {
 	if err := b.up(); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
-	a := New(Config{Log: log, Env: b.environment()})
+	a := New(Config{Log: log, Env: b.environment(), Upper: b.upper})
 	defer a.Close()
 	if b.option(optLink, "virtio-serial") == "vsock" {
 		return a.serveVsock(ctx)
@@ -69,6 +69,7 @@ func outliveSignals() {
 type boot struct {
 	log     *slog.Logger
 	cmdline []string
+	upper   *os.File // see Config.Upper; nil if it could not be had
 }
 
 // up goes from the initramfs to a machine whose root is the image.
@@ -82,6 +83,7 @@ func (b *boot) up() error {
 		{"read command line", b.readCmdline},
 		{"load modules", b.loadModules},
 		{"mount root", b.mountRoot},
+		{"keep overlay", b.keepUpper},
 		{"empty initramfs", b.emptyInitramfs},
 		{"enter root", b.enterRoot},
 		{"mount run-time file systems", b.mountRuntime},
@@ -198,6 +200,27 @@ func (b *boot) mountRoot() error {
 		}
 	}
 	return mount("tine", "/newroot", "overlay", 0, "lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work")
+}
+
+// keepUpper keeps a view of the overlay's upper directory, to which no path
+// leads once the root is entered: read-only and mounted nowhere, so that
+// nobody finds it by chance or harms the overlay through it. Without it the
+// machine is as good, but cannot tell what it has changed.
+func (b *boot) keepUpper() error {
+	const path = "/upper/upper"
+	fd, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if err != nil {
+		b.log.Warn("keep overlay", "error", os.NewSyscallError("open_tree", err))
+		return nil
+	}
+	b.upper = os.NewFile(uintptr(fd), path)
+	err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &unix.MountAttr{
+		Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC,
+	})
+	if err != nil {
+		b.log.Warn("keep overlay", "error", os.NewSyscallError("mount_setattr", err))
+	}
+	return nil
 }
 
 // mountImage tries the kinds of image there are; with dax, file pages are the
@@ -416,7 +439,8 @@ func waitFor(what string, limit time.Duration, ready func() bool) error {
 // portName is the name of the virtio console port that the host speaks on.
 const portName = "tine.agent"
 
-// port is a virtio console port. Reads wait while no host is connected.
+// port is a virtio console port. Reads wait while no host is connected; writes
+// do not, as those who write have more to do than to wait for a host.
 type port struct {
 	*os.File
 	raw  syscall.RawConn
@@ -500,6 +524,56 @@ func (p *port) wait(b []byte) (n int, err error) {
 		err = os.NewSyscallError("read", rerr)
 	}
 	return max(n, 0), err
+}
+
+// Write writes all of b. When there is no host to take it, it gives up with
+// errHostGone: else a process would stand still because of the output that it
+// had for a host that is gone. The next session begins with a delimiter, which
+// ends what was written in part.
+func (p *port) Write(b []byte) (int, error) {
+	sent, waiting := 0, false
+	var werr error
+	err := p.raw.Write(func(fd uintptr) bool {
+		for sent < len(b) {
+			var n int
+			n, werr = unix.Write(int(fd), b[sent:])
+			sent += max(n, 0)
+			if errors.Is(werr, unix.EAGAIN) {
+				waiting = p.patience(int(fd), waiting)
+				return false
+			}
+			if werr != nil && !errors.Is(werr, unix.EINTR) {
+				return true
+			}
+		}
+		werr = nil
+		return true
+	})
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		err = errHostGone
+	case err == nil && werr != nil:
+		err = os.NewSyscallError("write", werr)
+	}
+	if waiting {
+		err = errors.Join(err, p.SetWriteDeadline(time.Time{}))
+	}
+	return sent, err
+}
+
+// patience bounds the wait of a write while there is no host, and lifts the
+// bound when there is one. It returns whether there is a bound now.
+func (p *port) patience(fd int, waiting bool) bool {
+	fds := []unix.PollFd{{Fd: int32(fd)}}
+	_, err := unix.Poll(fds, 0)
+	gone := err == nil && fds[0].Revents&unix.POLLHUP != 0
+	switch {
+	case gone && !waiting:
+		_ = p.SetWriteDeadline(time.Now().Add(goneGrace)) // the file was made for deadlines
+	case !gone && waiting:
+		_ = p.SetWriteDeadline(time.Time{})
+	}
+	return gone
 }
 
 const (

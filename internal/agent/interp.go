@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -44,12 +45,15 @@ type interpreter struct {
 	agent    *Agent
 	language string
 
+	// These are for those, too, who come while another has the turn.
+	running atomic.Pointer[interpProcess] // proc, once it is ready
+	owed    atomic.Pointer[[]byte]        // the forked request that it gets before anything else
+
 	turn  chan struct{} // holds a token while nobody uses the interpreter
 	argv  []string
 	proc  *interpProcess // nil when none runs
 	ready []byte         // its first line
 	died  bool           // one ran before, with state that is now lost
-	owed  []byte         // the forked request that it gets before anything else
 	still bool           // it can run no code before the next request
 }
 
@@ -114,62 +118,131 @@ func (in *interpreter) acquire(ctx context.Context) error {
 
 func (in *interpreter) release() { in.turn <- struct{}{} }
 
+// forkSignal tells an interpreter in the middle of an evaluation to reseed.
+const forkSignal = unix.SIGUSR2
+
 // forked sees to it that no running interpreter goes on as its parent would.
 // One that can run nothing before the next request reseeds then, before it does
 // anything else: under emulation that takes longer than all the rest, and many
-// forks never evaluate. Any other has to confirm now.
-func (s *interpreters) forked(ctx context.Context, generation string) error {
+// forks never evaluate. One that evaluates is signalled, as its code may run
+// for ever, and reseeds before that goes on; forked returns how many were. Any
+// other has to confirm now.
+func (s *interpreters) forked(ctx context.Context, generation string) (signaled int, err error) {
 	line := []byte(`{"id":0,"op":"forked","generation":"` + generation + `"}`)
 	for _, in := range s.all() {
-		if err := in.forked(ctx, line); err != nil {
-			return fmt.Errorf("%s: %w", in.language, err)
+		sent, err := in.forked(ctx, line)
+		if err != nil {
+			return signaled, fmt.Errorf("%s: %w", in.language, err)
+		}
+		if sent {
+			signaled++
 		}
 	}
-	return nil
+	return signaled, nil
 }
 
-func (in *interpreter) forked(ctx context.Context, line []byte) error {
-	if _, bounded := ctx.Deadline(); !bounded {
-		// The identity was taken to be quick; it must not wait now.
-		expired, cancel := context.WithCancelCause(ctx)
-		cancel(failf(errdef.ErrConflict, "it has just begun to evaluate"))
-		ctx = expired
-	}
-	if err := in.acquire(ctx); err != nil {
-		return err
+// errJustBusy: the identity was taken to be quick; it must not wait now.
+var errJustBusy = failf(errdef.ErrConflict, "it has just begun to evaluate")
+
+func (in *interpreter) forked(ctx context.Context, line []byte) (signaled bool, err error) {
+	_, bounded := ctx.Deadline()
+	select {
+	case <-in.turn:
+	default:
+		if signaled, err = in.forkedBusy(line); signaled || err == nil {
+			return signaled, err
+		}
+		// It knows no such signal: its code has to come to an end.
+		if !bounded {
+			return false, errJustBusy
+		}
+		if err = in.acquire(ctx); err != nil {
+			return false, err
+		}
 	}
 	defer in.release()
 	if in.proc == nil || in.proc.over() {
-		return nil // what does not run has no state to share
+		return false, nil // what does not run has no state to share
 	}
-	in.owed = line
-	if in.still {
-		return nil
+	in.owed.Store(&line)
+	switch {
+	case in.isStill():
+		return false, nil
+	case bounded:
+		return false, in.settle(ctx)
+	case in.proc.reseed() == nil:
+		return true, nil
+	default:
+		return false, errJustBusy
 	}
-	return in.settle(ctx)
 }
 
-// settle has the interpreter do what it owes.
-func (in *interpreter) settle(ctx context.Context) error {
-	if in.owed == nil {
-		return nil
+// forkedBusy tells an interpreter that another has the turn of. It is owed the
+// request in any case, from before it is looked at: so one that is only being
+// started gets it before its first.
+func (in *interpreter) forkedBusy(line []byte) (signaled bool, err error) {
+	in.owed.Store(&line)
+	proc := in.running.Load()
+	if proc == nil || proc.over() {
+		return false, nil
 	}
-	if err := in.proc.request(ctx, in.owed); err != nil {
-		return err
-	}
-	reply, err := in.proc.reply(ctx, answers(0), nil)
+	err = proc.reseed()
+	return err == nil, err
+}
+
+// reseed sends the process the signal to reseed, if it has a handler: without
+// one the signal would end it.
+func (p *interpProcess) reseed() error {
+	const longest = 16 << 10
+	pid := p.child.pid
+	status, err := readSmall(fmt.Sprintf("/proc/%d/status", pid), longest)
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(reply, []byte(`{"id":0,"forked":true}`)) {
-		return fmt.Errorf("interpreter answered %.100q", reply)
+	if !catches(status, forkSignal) {
+		return failf(errdef.ErrUnsupported, "it has no handler for signal %d", forkSignal)
 	}
-	in.owed = nil
+	return os.NewSyscallError("kill", syscall.Kill(pid, forkSignal))
+}
+
+// catches reports whether a process with this /proc/PID/status has a handler.
+func catches(status []byte, sig syscall.Signal) bool {
+	_, mask, _ := bytes.Cut(status, []byte("\nSigCgt:"))
+	mask, _, _ = bytes.Cut(mask, []byte("\n"))
+	bits, err := strconv.ParseUint(string(bytes.TrimSpace(mask)), 16, 64)
+	return err == nil && bits&(1<<(sig-1)) != 0
+}
+
+// settle has the interpreter do what it owes, which may be more by the time
+// that it has.
+func (in *interpreter) settle(ctx context.Context) error {
+	for line := in.owed.Load(); line != nil; line = in.owed.Load() {
+		if err := in.proc.request(ctx, *line); err != nil {
+			return err
+		}
+		reply, err := in.proc.reply(ctx, answers(0), nil)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(reply, []byte(`{"id":0,"forked":true}`)) {
+			return fmt.Errorf("interpreter answered %.100q", reply)
+		}
+		in.owed.CompareAndSwap(line, nil)
+	}
 	return nil
 }
 
-// quiesce notes which interpreters are still: they wait for a request, and
-// have no thread but the one that waits.
+// isStill reports whether a running interpreter can run no code before the next
+// request: nobody uses it, so it waits for one, and it has no thread but the
+// one that waits.
+func (in *interpreter) isStill() bool {
+	if !in.still {
+		in.still = threads(in.proc.child.pid) == 1
+	}
+	return in.still
+}
+
+// quiesce notes which interpreters are still, so that no fork has to look.
 func (s *interpreters) quiesce() {
 	for _, in := range s.all() {
 		select {
@@ -186,7 +259,7 @@ func (s *interpreters) still() bool {
 	for _, in := range s.all() {
 		select {
 		case <-in.turn:
-			still := in.still || in.proc == nil || in.proc.over()
+			still := in.proc == nil || in.proc.over() || in.isStill()
 			in.release()
 			if !still {
 				return false
@@ -354,6 +427,7 @@ func (in *interpreter) ensure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	in.owed.Store(nil) // it begins after whatever was owed
 	proc, err := in.agent.startInterpreter(argv)
 	if err != nil {
 		return fmt.Errorf("start %s interpreter: %w", in.language, err)
@@ -372,7 +446,8 @@ func (in *interpreter) ensure(ctx context.Context) error {
 		proc.end()
 		return fmt.Errorf("start %s interpreter: %w: %s", in.language, err, said.tail(maxHookOutput))
 	}
-	in.proc, in.ready = proc, line
+	in.proc, in.ready, in.still = proc, line, false
+	in.running.Store(proc)
 	return nil
 }
 
@@ -393,8 +468,10 @@ func (in *interpreter) command() ([]string, error) {
 
 // bury ends the process; the next evaluation starts another.
 func (in *interpreter) bury() {
+	in.running.Store(nil)
 	in.proc.end()
-	in.proc, in.died, in.owed, in.still = nil, true, nil, false
+	in.proc, in.died, in.still = nil, true, false
+	in.owed.Store(nil)
 }
 
 // interpProcess is a running interpreter and the agent's ends of its pipes.

@@ -46,8 +46,9 @@ type process struct {
 	info  guestproto.ProcessInfo // as it was started
 	child *child
 	begun time.Time
-	stdin *os.File // nil without one
-	tty   *os.File // nil without a terminal
+	stdin *os.File      // nil without one
+	tty   *os.File      // nil without a terminal
+	input chan struct{} // holds a token while no stream writes to stdin
 
 	timedOut atomic.Bool
 	pumps    sync.WaitGroup

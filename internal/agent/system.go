@@ -29,6 +29,8 @@ type system interface {
 	powerOff() error
 	// spawn starts a process where a child of the agent belongs.
 	spawn(path string, argv []string, attr *syscall.ProcAttr) (int, error)
+	// upper opens the directory that holds what the files are beyond the image.
+	upper() (*os.File, error)
 	// reapsAll: every child of this process is the agent's to wait for.
 	reapsAll() bool
 }
@@ -38,10 +40,11 @@ type machine struct {
 	cgroup int      // the children's cgroup, or -1
 	oom    *os.File // the agent's own oom_score_adj, or nil
 	random *os.File // the kernel's generator, or nil
+	over   *os.File // see Config.Upper; or nil
 }
 
-func newMachine() *machine {
-	m := &machine{cgroup: -1}
+func newMachine(upper *os.File) *machine {
+	m := &machine{cgroup: -1, over: upper}
 	if fd, err := unix.Open(childrenCgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
 		m.cgroup = fd
 	}
@@ -103,6 +106,17 @@ func (m *machine) sync() { unix.Sync() }
 // shutdown of virtio-pmem asks the host for a flush whose answer never comes.
 func (m *machine) powerOff() error {
 	return os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0)
+}
+
+func (m *machine) upper() (*os.File, error) {
+	if m.over == nil {
+		return nil, failf(errdef.ErrUnsupported, "this machine's files are not kept apart from its image")
+	}
+	fd, err := unix.Openat(int(m.over.Fd()), ".", openDir, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("openat", err)
+	}
+	return os.NewFile(uintptr(fd), "upper"), nil
 }
 
 func (m *machine) reapsAll() bool { return os.Getpid() == 1 }
@@ -176,6 +190,8 @@ func (f *Fake) powerOff() error {
 	f.record("power off")
 	return nil
 }
+
+func (f *Fake) upper() (*os.File, error) { return os.Open(f.dir) }
 
 func (f *Fake) reapsAll() bool { return false }
 

@@ -3,13 +3,16 @@ package agent
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestproto"
@@ -118,6 +121,84 @@ func TestFindPort(t *testing.T) {
 	}
 	if got := findPort(t.TempDir()); got != "" {
 		t.Errorf("port is %q", got)
+	}
+}
+
+// TestPortWithoutAHost: a terminal whose other end is closed takes some bytes,
+// then none, and says that it hung up, as a port without a host does.
+func TestPortWithoutAHost(t *testing.T) {
+	t.Parallel()
+	ends, err := openTerminal(0, 0)
+	if err != nil {
+		t.Skipf("needs a terminal: %v", err)
+	}
+	defer ends.tty.Close()
+	raw, err := ends.tty.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Raw, so that it drops nothing.
+	if err = unix.IoctlSetTermios(int(ends.child[0].Fd()), unix.TCSETS, &unix.Termios{Cflag: unix.CS8 | unix.CREAD}); err != nil {
+		t.Fatal(err)
+	}
+	p := &port{File: ends.tty, raw: raw}
+	start := time.Now()
+	if n, werr := p.Write([]byte("x")); n != 1 || werr != nil {
+		t.Fatalf("with a host: %d, %v", n, werr)
+	}
+	closeAll(ends.child)
+	const much = 1 << 20
+	for range 2 {
+		n, werr := p.Write(make([]byte, much))
+		if !errors.Is(werr, errHostGone) || n >= much {
+			t.Errorf("without a host: %d, %v", n, werr)
+		}
+	}
+	if took := time.Since(start); took < goneGrace || took > 20*goneGrace {
+		t.Errorf("it took %s", took)
+	}
+}
+
+// TestPortWaitsForAHostThatReads: one that is there may be slow.
+func TestPortWaitsForAHostThatReads(t *testing.T) {
+	t.Parallel()
+	r, w, err := pipe(writeEnd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeAll([]*os.File{r, w})
+	raw, err := w.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const much = 1 << 20
+	got := make(chan int)
+	go func() {
+		time.Sleep(goneGrace + 50*time.Millisecond)
+		n, _ := io.ReadFull(r, make([]byte, much))
+		got <- n
+	}()
+	if n, err := (&port{File: w, raw: raw}).Write(make([]byte, much)); n != much || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	if n := <-got; n != much {
+		t.Errorf("%d bytes came", n)
+	}
+}
+
+func TestCatches(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[string]bool{
+		"": false,
+		"Name:\tx\nSigCgt:\t0000000000000800\nCap:\t1\n": true,
+		"Name:\tx\nSigCgt:\t00000001fffff7ff\n":          false,
+		"Name:\tSigCgt:\t0000000000000800\n":             false,
+		"\nSigCgt:\t8":                                   false,
+		"\nSigCgt:\tzz\n":                                false,
+	} {
+		if catches([]byte(status), forkSignal) != want {
+			t.Errorf("%q: not %t", status, want)
+		}
 	}
 }
 

@@ -4,7 +4,8 @@ import ast
 import json
 import os
 import sys
-from _signal import SIGINT, signal  # the module around it is slow: it deals in enums
+from _signal import SIGINT, SIGUSR2, signal  # the module around it is slow: it deals in enums
+from _thread import start_new_thread
 import traceback
 
 REQUESTS, REPLIES = 3, 4
@@ -133,12 +134,16 @@ def failure(request, exc):
 
 def forked():
     """Makes sure that no generator goes on where the parent's stood."""
+    reseed()
+    if "numpy.random" in sys.modules:
+        reseed_numpy()
+
+
+def reseed():
+    """All but numpy, whose generators have locks."""
     seed = os.urandom(32)
     if "random" in sys.modules:
         sys.modules["random"].seed(int.from_bytes(seed, "little"))
-    if "numpy.random" in sys.modules:
-        words = [int.from_bytes(seed[i:i + 4], "little") for i in range(0, 32, 4)]
-        sys.modules["numpy.random"].seed(words)
     if "ssl" in sys.modules:
         sys.modules["ssl"].RAND_add(seed, 32.0)
     if "uuid" in sys.modules:
@@ -147,6 +152,67 @@ def forked():
         uuid._last_timestamp = None
     if "tempfile" in sys.modules:
         sys.modules["tempfile"]._name_sequence = None
+
+
+def reseed_numpy(wait=True):
+    """Numpy's legacy generator, and those that the namespace holds: there is no
+    list of all others. Returns whether all are done: without wait, those whose
+    lock is held are not, as it may be the interrupted code that holds it."""
+    random = sys.modules["numpy.random"]
+    done = wait or is_free(random.mtrand._rand._bit_generator.lock)
+    if done:
+        random.seed(list(memoryview(os.urandom(32)).cast("I")))
+    kind = getattr(random, "Generator", ())
+    for value in list(sys.modules["__main__"].__dict__.values()):
+        if not issubclass(type(value), kind) or is_seeded(value.bit_generator):
+            continue
+        bits = value.bit_generator
+        state = type(bits)().state
+        if not bits.lock.acquire(wait):
+            done = False
+            continue
+        try:
+            bits.state = state
+        finally:
+            bits.lock.release()
+    return done
+
+
+def is_seeded(bits):
+    """Whether a generator has a seed of the user's own, and is meant to repeat
+    itself. Numpy takes 128 bits from the system where it is given none."""
+    sequence = getattr(bits, "seed_seq", None) or getattr(bits, "_seed_seq", None)
+    entropy = getattr(sequence, "entropy", None)
+    return isinstance(entropy, int) and entropy >> 64 == 0
+
+
+def is_free(lock):
+    free = lock.acquire(False)
+    if free:
+        lock.release()
+    return free
+
+
+def cloned(signum, frame):
+    """The machine is a clone, as forked says, but code runs: this comes between
+    two of its instructions."""
+    try:
+        reseed()
+        if "numpy.random" not in sys.modules or reseed_numpy(False):
+            return
+    except KeyboardInterrupt:  # the code's own
+        start_new_thread(quietly, ())
+        raise
+    except Exception:
+        pass  # it is not the code's concern
+    start_new_thread(quietly, ())  # which has a stack of its own, and can wait
+
+
+def quietly():
+    try:
+        forked()
+    except BaseException:
+        pass  # forked comes again, before the next request
 
 
 def interrupt(signum, frame):
@@ -162,6 +228,7 @@ def main():
     sys.path.insert(0, "")
     state = State()
     signal(SIGINT, idle)
+    signal(SIGUSR2, cloned)
     send(json.dumps({"ready": True, "language": "python", "version": sys.version.split()[0]}))
     for line in lines():
         if line.startswith(b'{"id":0,"op":"forked"'):

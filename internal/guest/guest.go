@@ -36,6 +36,10 @@ type (
 	Entry = guestproto.Entry
 	// Event is a change to a watched file.
 	Event = guestproto.Event
+	// Secret is a value that a guest is trusted with; see CheckSecrets.
+	Secret = guestproto.Secret
+	// Change is a path at which the guest's files are not those of its image.
+	Change = guestproto.Change
 )
 
 // maxNoise is how much of earlier sessions may come before our own begins.
@@ -88,8 +92,17 @@ func DialIdentity(ctx context.Context, rw io.ReadWriteCloser, id Identity) (*Cli
 
 func (c *Client) dialIdentity(ctx context.Context, id *Identity) error {
 	prepare(ctx, id)
+	if err := CheckSecrets(id.Secrets); err != nil {
+		return err
+	}
+	long := len(id.Secrets) > 0
+	if long {
+		c.start() // the request may have to wait for credit
+	}
 	st, err := c.session.Open(ctx, guestproto.VerbIdentity, id, true)
-	c.start() // now both leave in one write
+	if !long {
+		c.start() // now both leave in one write
+	}
 	if err != nil {
 		return c.explain(err)
 	}
@@ -338,6 +351,9 @@ func NewIdentity(hostname, generation string) Identity {
 // trusted: the fork must be destroyed.
 func (c *Client) Identify(ctx context.Context, id Identity) error {
 	prepare(ctx, &id)
+	if err := CheckSecrets(id.Secrets); err != nil {
+		return err
+	}
 	st, err := c.session.Open(ctx, guestproto.VerbIdentity, &id, true)
 	if err != nil {
 		return c.explain(err)
@@ -357,6 +373,17 @@ func (c *Client) identified(ctx context.Context, st *guestproto.Stream, id *Iden
 	}
 	if done.Generation != id.Generation {
 		return c.broke(st, "identity of another generation confirmed")
+	}
+	if done.Secrets != len(id.Secrets) {
+		return fmt.Errorf("%w: agent %s put %d of %d secrets in place", errdef.ErrUnsupported, c.agent, done.Secrets, len(id.Secrets))
+	}
+	return nil
+}
+
+// CheckSecrets says what is wrong with a list of secrets, before a guest has to.
+func CheckSecrets(secrets []Secret) error {
+	if err := guestproto.CheckSecrets(secrets); err != nil {
+		return fmt.Errorf("%w: %w", errdef.ErrInvalid, err)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -217,6 +218,87 @@ func TestIdentityOfAnotherGeneration(t *testing.T) {
 	}), guest.NewIdentity("host", "mine"))
 	if !errors.Is(err, errdef.ErrUnavailable) {
 		t.Errorf("error is %v", err)
+	}
+}
+
+// TestSecretsThatAnOldAgentIgnores: it confirms the identity, but knows nothing
+// of the field.
+func TestSecretsThatAnOldAgentIgnores(t *testing.T) {
+	t.Parallel()
+	id := guest.NewIdentity("host", "mine")
+	id.Secrets = []guest.Secret{{Name: "token", Value: []byte("x")}}
+	_, err := guest.DialIdentity(within(t), scripted(t, func(g *script) {
+		g.greet()
+		g.expect(guestproto.TypeOpen)
+		g.send(guestproto.TypeEnd, 1, []byte{0}, guestproto.Encode(&guestproto.IdentityDone{Generation: "mine"})[:5])
+		g.linger()
+	}), id)
+	if !errors.Is(err, errdef.ErrUnsupported) {
+		t.Errorf("error is %v", err)
+	}
+}
+
+// TestChangesOfAHostileGuest: what others rely on is checked.
+func TestChangesOfAHostileGuest(t *testing.T) {
+	t.Parallel()
+	change := func(path string) guest.Change { return guest.Change{Path: path} }
+	for name, list := range map[string][]guest.Change{
+		"no-path":     {{}},
+		"relative":    {change("etc/passwd")},
+		"backwards":   {change("/b"), change("/a")},
+		"twice":       {change("/a"), change("/a")},
+		"long-path":   {change("/" + strings.Repeat("x", 4096))},
+		"long-target": {{Path: "/a", Target: strings.Repeat("x", 4097)}},
+		"short-hash":  {{Path: "/a", Hash: []byte("x")}},
+		"size":        {{Path: "/a", Size: -1}},
+		"kind":        {{Path: "/a", Kind: 5}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, err := guest.Dial(within(t), scripted(t, func(g *script) {
+				g.greet()
+				g.expect(guestproto.TypeOpen)
+				g.send(guestproto.TypeData, 1, []byte{0}, guestproto.Encode(&guestproto.Changes{Changes: list}))
+				g.linger()
+			}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			_, err = c.Changes(within(t), func(guest.Change) error { return nil })
+			if !errors.Is(err, errdef.ErrUnavailable) || !strings.Contains(err.Error(), "guest broke the protocol") {
+				t.Errorf("error is %v", err)
+			}
+		})
+	}
+}
+
+func TestChangesWithoutAnEnd(t *testing.T) {
+	t.Parallel()
+	c, err := guest.Dial(within(t), scripted(t, func(g *script) {
+		g.greet()
+		g.expect(guestproto.TypeOpen)
+		go g.linger() // the credit that the host gives
+		n := 0
+		for {
+			var part guestproto.Changes
+			for range 400 {
+				n++
+				part.Changes = append(part.Changes, guest.Change{Path: fmt.Sprintf("/%08d", n)})
+			}
+			if _, werr := g.Write(guestproto.AppendFrame(nil, guestproto.TypeData, 1, []byte{0}, guestproto.Encode(&part))); werr != nil {
+				return
+			}
+		}
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	n := 0
+	_, err = c.Changes(within(t), func(guest.Change) error { n++; return nil })
+	if err == nil || n > guestproto.MaxChanges {
+		t.Errorf("%d changes, %v", n, err)
 	}
 }
 

@@ -21,6 +21,7 @@ type ExecSpec struct {
 	Rows, Cols int
 	Timeout    time.Duration // in the guest; 0 is none
 	Background bool          // goes on when the Process is closed
+	SecretEnv  []string      // names of secrets to put in the environment, as NAME=value
 }
 
 // Channels of a process's output.

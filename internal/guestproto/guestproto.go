@@ -41,6 +41,15 @@ const (
 	MaxResetMessage = 4 << 10
 	// NonceSize is the length of the nonce in Hello.
 	NonceSize = 16
+	// MaxSecrets is how many secrets a guest may hold.
+	MaxSecrets = 64
+	// MaxSecret bounds the value of one secret, and MaxSecretsSize all of them.
+	MaxSecret      = 64 << 10
+	MaxSecretsSize = 256 << 10
+	// MaxChanges is how many entries VerbChanges tells at most.
+	MaxChanges = 100_000
+	// MaxChangePath bounds the path and the target in a Change.
+	MaxChangePath = 4 << 10
 )
 
 // FrameType says what a frame is.
@@ -90,6 +99,7 @@ const (
 	VerbQuiesce   Verb = 18
 	VerbResume    Verb = 19
 	VerbPowerOff  Verb = 20
+	VerbChanges   Verb = 21
 )
 
 // Channel tells apart the kinds of bytes within one stream.

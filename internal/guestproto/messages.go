@@ -68,6 +68,10 @@ type Identity struct {
 	Generation string // names this fork; letters, digits and -_. only
 	ClockOnly  bool   // only step the clock, as when a parked fork wakes up
 	Deadline   time.Duration
+	Secrets    []Secret // what this machine is trusted with; see CheckSecrets
+	// KeepSecrets keeps those of the machine it was forked from, too. Without
+	// it they are wiped.
+	KeepSecrets bool
 }
 
 func (m *Identity) code(c *coder) {
@@ -79,14 +83,24 @@ func (m *Identity) code(c *coder) {
 	c.string(&m.Generation)
 	c.bool(&m.ClockOnly)
 	number(c, &m.Deadline)
+	messages(c, &m.Secrets)
+	c.bool(&m.KeepSecrets)
 }
 
 // IdentityDone confirms that every step of Identity was done.
 type IdentityDone struct {
 	Generation string
+	Secrets    int // of those in Identity, how many were put in place
+	// Signaled is how many interpreters were in the middle of an evaluation,
+	// and were sent the signal that makes them reseed.
+	Signaled int
 }
 
-func (m *IdentityDone) code(c *coder) { c.string(&m.Generation) }
+func (m *IdentityDone) code(c *coder) {
+	c.string(&m.Generation)
+	number(c, &m.Secrets)
+	number(c, &m.Signaled)
+}
 
 // ExecRequest starts a process: VerbExec.
 type ExecRequest struct {
@@ -100,6 +114,7 @@ type ExecRequest struct {
 	Rows, Cols int
 	Timeout    time.Duration // 0 is none
 	Background bool          // goes on when the stream is reset
+	SecretEnv  []string      // names of secrets to put in the environment, as NAME=value
 }
 
 func (m *ExecRequest) code(c *coder) {
@@ -114,6 +129,7 @@ func (m *ExecRequest) code(c *coder) {
 	number(c, &m.Cols)
 	number(c, &m.Timeout)
 	c.bool(&m.Background)
+	c.strings(&m.SecretEnv)
 }
 
 // Started is the first message of VerbExec and VerbAttach.
@@ -501,3 +517,80 @@ type Events struct {
 }
 
 func (m *Events) code(c *coder) { messages(c, &m.Events) }
+
+// ChangesRequest asks what the guest's files hold beyond its image: VerbChanges.
+// A limit of 0, or one above the agent's own, is the agent's own.
+type ChangesRequest struct {
+	Limit     int   // entries
+	HashFile  int64 // bytes of the largest file that is hashed
+	HashTotal int64 // bytes that are hashed in all
+}
+
+func (m *ChangesRequest) code(c *coder) {
+	number(c, &m.Limit)
+	number(c, &m.HashFile)
+	number(c, &m.HashTotal)
+}
+
+// ChangeKind says what is at a changed path.
+type ChangeKind uint8
+
+// The kinds of change. They begin as FileType does.
+const (
+	ChangeOther     ChangeKind = 0 // a device, socket or pipe
+	ChangeFile      ChangeKind = 1
+	ChangeDirectory ChangeKind = 2
+	ChangeSymlink   ChangeKind = 3
+	// ChangeDeleted: the image has something here, and the machine has not.
+	ChangeDeleted ChangeKind = 4
+)
+
+// String returns the kind's name.
+func (k ChangeKind) String() string {
+	if k == ChangeDeleted {
+		return "deleted"
+	}
+	return FileType(k).String()
+}
+
+// Change is a path at which the guest's files are not those of its image: new,
+// changed, deleted, or a directory above such a one.
+type Change struct {
+	Path   string
+	Kind   ChangeKind
+	Mode   uint32 // permission, setuid, setgid and sticky bits as in st_mode
+	UID    uint32
+	GID    uint32
+	Size   int64  // of a file
+	MTime  int64  // nanoseconds since 1970
+	Hash   []byte // SHA-256 of a file, or empty if it is larger than is hashed
+	Target string // of a symbolic link
+	Opaque bool   // nothing that the image has in this directory is there any more
+}
+
+func (m *Change) code(c *coder) {
+	c.string(&m.Path)
+	number(c, &m.Kind)
+	number(c, &m.Mode)
+	number(c, &m.UID)
+	number(c, &m.GID)
+	number(c, &m.Size)
+	number(c, &m.MTime)
+	c.bytes(&m.Hash)
+	c.string(&m.Target)
+	c.bool(&m.Opaque)
+}
+
+// Changes is one message of VerbChanges' answer, in order of paths as bytes.
+type Changes struct {
+	Changes []Change
+}
+
+func (m *Changes) code(c *coder) { messages(c, &m.Changes) }
+
+// ChangesDone is the last message of VerbChanges.
+type ChangesDone struct {
+	Truncated bool // there is more than the limit
+}
+
+func (m *ChangesDone) code(c *coder) { c.bool(&m.Truncated) }

@@ -80,17 +80,27 @@ func (st *Stream) open(ctx context.Context, body []byte, end bool) error {
 
 // Request completes the request whose first part accept was given.
 func (st *Stream) Request(ctx context.Context, first []byte) ([]byte, error) {
-	body := append([]byte(nil), first...)
+	if !st.more {
+		return append([]byte(nil), first...), nil
+	}
+	parts, size := [][]byte{first}, len(first)
 	for st.more {
 		c, err := st.Recv(ctx)
 		if err != nil {
 			return nil, err
 		}
-		if c.Channel != ChanRequest || len(body)+len(c.Data) > MaxRequest {
+		if size += len(c.Data); c.Channel != ChanRequest || size > MaxRequest {
 			return nil, fmt.Errorf("%w: bad request", ErrProtocol)
 		}
-		body = append(body, c.Data...)
+		parts = append(parts, c.Data)
 		st.more = len(c.Data) > 0
+	}
+	body := make([]byte, 0, size)
+	for i, p := range parts {
+		body = append(body, p...)
+		if i > 0 {
+			clear(p) // a request may hold secrets: its one copy is the caller's to clear
+		}
 	}
 	return body, nil
 }
