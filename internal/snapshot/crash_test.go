@@ -25,10 +25,20 @@ import (
 
 var errDead = errors.New("the process is dead")
 
+// hastyFiles do not wait for the disk: a power cut is for package durable to
+// test.
+type hastyFiles struct{ osFiles }
+
+func (f hastyFiles) write(path string, data []byte) error { return f.replace(path, data) }
+
+func (f hastyFiles) commitDir(stage, final string) error { return f.rename(stage, final) }
+
+func (hastyFiles) syncDir(string) error { return nil }
+
 // cutFiles dies, with the error given, after a number of steps. Removing a
 // directory is a step for each file in it.
 type cutFiles struct {
-	osFiles
+	hastyFiles
 	left int
 	with error
 }
@@ -42,31 +52,36 @@ func (c *cutFiles) step(do func() error) error {
 }
 
 func (c *cutFiles) mkdir(path string) error {
-	return c.step(func() error { return c.osFiles.mkdir(path) })
+	return c.step(func() error { return c.hastyFiles.mkdir(path) })
+}
+
+func (c *cutFiles) create(path string) (f *os.File, err error) {
+	err = c.step(func() error { f, err = c.hastyFiles.create(path); return err })
+	return f, err
 }
 
 func (c *cutFiles) write(path string, data []byte) error {
-	return c.step(func() error { return c.osFiles.write(path, data) })
+	return c.step(func() error { return c.hastyFiles.write(path, data) })
 }
 
 func (c *cutFiles) replace(path string, data []byte) error {
-	return c.step(func() error { return c.osFiles.replace(path, data) })
+	return c.step(func() error { return c.hastyFiles.replace(path, data) })
 }
 
 func (c *cutFiles) commitDir(stage, final string) error {
-	return c.step(func() error { return c.osFiles.commitDir(stage, final) })
+	return c.step(func() error { return c.hastyFiles.commitDir(stage, final) })
 }
 
 func (c *cutFiles) rename(oldPath, newPath string) error {
-	return c.step(func() error { return c.osFiles.rename(oldPath, newPath) })
+	return c.step(func() error { return c.hastyFiles.rename(oldPath, newPath) })
 }
 
 func (c *cutFiles) remove(path string) error {
-	return c.step(func() error { return c.osFiles.remove(path) })
+	return c.step(func() error { return c.hastyFiles.remove(path) })
 }
 
 func (c *cutFiles) syncDir(path string) error {
-	return c.step(func() error { return c.osFiles.syncDir(path) })
+	return c.step(func() error { return c.hastyFiles.syncDir(path) })
 }
 
 func (c *cutFiles) removeAll(path string) error {
@@ -258,10 +273,11 @@ func openless(s *Store) *Store { return &Store{dir: s.dir, logger: s.logger, fil
 const roleEnv = "TINE_TEST_SNAPSHOT_ROLE"
 
 var roles = map[string]func() error{
-	"pin":   rolePin,
-	"hold":  waitForParent,
-	"churn": roleChurn,
-	"full":  roleFull,
+	"pin":     rolePin,
+	"hold":    waitForParent,
+	"churn":   roleChurn,
+	"full":    roleFull,
+	"flatten": roleFlatten,
 }
 
 func TestMain(m *testing.M) {

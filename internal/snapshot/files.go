@@ -9,6 +9,8 @@ import (
 // files are the steps in which the store changes. Tests cut after each.
 type files interface {
 	mkdir(path string) error
+	// create makes a file to write to, which must not be there.
+	create(path string) (*os.File, error)
 	// write replaces a file for good; replace only until a power cut.
 	write(path string, data []byte) error
 	replace(path string, data []byte) error
@@ -22,6 +24,11 @@ type files interface {
 type osFiles struct{}
 
 func (osFiles) mkdir(path string) error { return durable.Describe("make", path, os.Mkdir(path, 0o700)) }
+
+func (osFiles) create(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	return f, durable.Describe("make", path, err)
+}
 
 func (osFiles) write(path string, data []byte) error { return durable.WriteFile(path, data, 0o600) }
 

@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"sync"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/vmm"
@@ -35,15 +37,17 @@ type Manifest struct {
 	Machine vmm.Machine `json:"machine"`
 	// Image is the digest of the image, which pins root, kernel and initramfs.
 	Image string `json:"image"`
-	// Memory and Device are filled in by Commit.
-	Memory File `json:"memory"`
+	// Memory, Layer and Device are filled in by Commit. A snapshot has the whole
+	// memory, or a layer: the pages in which it differs from its parent.
+	Memory File `json:"memory,omitzero"`
+	Layer  File `json:"layer,omitzero"`
 	Device File `json:"device"`
 	// Warmup is the command that ran before the snapshot was taken.
 	Warmup []string `json:"warmup,omitempty"`
 	// Languages are those with a warm interpreter.
 	Languages []string `json:"languages,omitempty"`
 	// Parent is the digest of the snapshot that this one was branched from, and
-	// is kept for as long as this one is.
+	// is kept for as long as this one is. A layer has one always.
 	Parent string `json:"parent,omitempty"`
 }
 
@@ -51,6 +55,23 @@ type Manifest struct {
 type File struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
+}
+
+// Layered reports whether the snapshot is a layer on its parent, rather than
+// the whole memory.
+func (m *Manifest) Layered() bool { return m.Layer != File{} }
+
+// content is a file that a manifest names.
+type content struct {
+	name string
+	File
+}
+
+func (m *Manifest) contents() []content {
+	if m.Layered() {
+		return []content{{layerFile, m.Layer}, {deviceFile, m.Device}}
+	}
+	return []content{{memoryFile, m.Memory}, {deviceFile, m.Device}}
 }
 
 // encode returns the one way to write a valid manifest, and its digest.
@@ -85,6 +106,36 @@ func decodeManifest(data []byte) (Manifest, error) {
 	return m, nil
 }
 
+// decoded remembers manifests by their digests, so that walking a long chain
+// again and again need not decode it again and again.
+type decoded struct {
+	mu sync.Mutex
+	// of has at most maxDecoded entries.
+	of map[string]Manifest
+}
+
+const maxDecoded = 4096
+
+// manifest returns what data, which has that digest, says. It belongs to the
+// caller.
+func (d *decoded) manifest(digest string, data []byte) (Manifest, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	m, ok := d.of[digest]
+	if !ok {
+		var err error
+		if m, err = decodeManifest(data); err != nil {
+			return Manifest{}, err
+		}
+		if d.of == nil || len(d.of) == maxDecoded {
+			d.of = map[string]Manifest{}
+		}
+		d.of[digest] = m
+	}
+	m.Warmup, m.Languages = slices.Clone(m.Warmup), slices.Clone(m.Languages)
+	return m, nil
+}
+
 func (m *Manifest) validate() error {
 	switch {
 	case m.Version != Version:
@@ -93,8 +144,10 @@ func (m *Manifest) validate() error {
 		return fmt.Errorf("%w: manifest: engine %q version %q", errdef.ErrInvalid, m.Engine, m.EngineVersion)
 	case m.Machine.MemoryMiB <= 0 || m.Machine.VCPUs <= 0:
 		return fmt.Errorf("%w: manifest: machine %+v", errdef.ErrInvalid, m.Machine)
-	case m.Memory.Size < 0 || m.Device.Size < 0:
-		return fmt.Errorf("%w: manifest: negative size", errdef.ErrInvalid)
+	case m.Layered() == (m.Memory != File{}):
+		return fmt.Errorf("%w: manifest: it must name memory or a layer, and not both", errdef.ErrInvalid)
+	case m.Layered() && m.Parent == "":
+		return fmt.Errorf("%w: manifest: a layer without a parent", errdef.ErrInvalid)
 	}
 	for _, lang := range m.Languages {
 		if !isWord(lang) {
@@ -102,8 +155,12 @@ func (m *Manifest) validate() error {
 		}
 	}
 	var errs []error
-	for _, digest := range []string{m.Image, m.Memory.Digest, m.Device.Digest} {
-		errs = append(errs, checkDigest(digest))
+	errs = append(errs, checkDigest(m.Image))
+	for _, f := range m.contents() {
+		errs = append(errs, checkDigest(f.Digest))
+		if f.Size < 0 {
+			errs = append(errs, fmt.Errorf("%w: %s of negative size", errdef.ErrInvalid, f.name))
+		}
 	}
 	if m.Parent != "" {
 		errs = append(errs, checkDigest(m.Parent))

@@ -30,30 +30,30 @@ func (s *Store) Remove(ctx context.Context, tag string) error {
 }
 
 func (s *Store) removeLocked(tag string) error {
-	path, err := s.tagPath(tag)
+	r, err := s.tagRoot(tag)
 	if err != nil {
 		return err
 	}
-	t, err := s.readTag(tag)
+	t, err := r.read()
 	if errors.Is(err, errdef.ErrNotFound) {
 		return err
 	}
 	if err != nil { // a tag that cannot be read points at nothing
-		return s.removeTag(path)
+		return s.removeRoot(r)
 	}
-	used, err := s.usedLocked(t.Digest, tag)
+	used, err := s.usedLocked(t.Digest, r.path)
 	if err != nil {
 		return err
 	}
 	if used {
-		return s.removeTag(path)
+		return s.removeRoot(r)
 	}
 	l, err := s.lockObject(t.Digest)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = l.release() }() // only read
-	if err = s.removeTag(path); err != nil {
+	if err = s.removeRoot(r); err != nil {
 		return err
 	}
 	if err = s.trashObject(t.Digest); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -62,32 +62,22 @@ func (s *Store) removeLocked(tag string) error {
 	return s.emptyTrash()
 }
 
-func (s *Store) removeTag(path string) error {
-	if err := s.files.remove(path); err != nil {
-		return err
-	}
-	return s.files.syncDir(s.path(tagsDir))
-}
-
-// usedLocked reports whether a tag other than except, or another object's
-// manifest, names the object. A tag that cannot be read may name anything.
+// usedLocked reports whether a root other than the file except, or another
+// object's manifest, names the object. A root that cannot be read may name
+// anything.
 func (s *Store) usedLocked(digest, except string) (bool, error) {
-	tags, err := s.tags()
+	roots, err := s.roots()
 	if err != nil {
 		return false, err
 	}
-	for _, tag := range tags {
-		if tag == except {
-			continue
-		}
-		if t, tagErr := s.readTag(tag); tagErr != nil || t.Digest == digest {
+	for _, r := range roots {
+		if r.path != except && (r.err != nil || r.file.Digest == digest) {
 			return true, nil
 		}
 	}
-	names, err := s.objects()
-	for _, name := range names {
-		m, objErr := s.readObject(digestPrefix + name)
-		if objErr == nil && m.Parent == digest {
+	parents, err := s.parents()
+	for _, parent := range parents {
+		if parent == digest {
 			return true, nil
 		}
 	}
@@ -192,20 +182,26 @@ func (s *Store) GC(ctx context.Context, dryRun bool) (Freed, error) {
 }
 
 func (s *Store) collectLocked(dryRun bool, freed *Freed) error {
-	unused, err := s.unusedLocked()
+	unused, err := s.unusedLocked(nil)
 	if err != nil {
 		return err
 	}
+	return s.freeLocked(unused, dryRun, freed)
+}
+
+// freeLocked removes objects that nothing needs, but for those that are pinned.
+func (s *Store) freeLocked(unused []string, dryRun bool, freed *Freed) error {
 	for _, digest := range unused {
 		size, sizeErr := diskUse(s.objectPath(digest))
 		if sizeErr != nil {
 			return sizeErr
 		}
+		var err error
 		if !dryRun {
 			err = s.dropLocked(digest)
 		}
 		if errors.Is(err, errdef.ErrConflict) {
-			continue // pinned just now
+			return nil // pinned just now, and so are those below it
 		}
 		if err != nil {
 			return err
@@ -216,13 +212,15 @@ func (s *Store) collectLocked(dryRun bool, freed *Freed) error {
 	return nil
 }
 
-// unusedLocked returns the objects that cannot be reached from a tag or a pin.
-func (s *Store) unusedLocked() ([]string, error) {
+// unusedLocked returns the objects that cannot be reached from a pin or a root
+// other than those given, each before its parent: so dying after any of them
+// leaves no object without its parent.
+func (s *Store) unusedLocked(except []root) ([]string, error) {
 	names, err := s.objects()
 	if err != nil {
 		return nil, err
 	}
-	live, err := s.tagged()
+	live, err := s.named(except)
 	if err != nil {
 		return nil, err
 	}
@@ -234,47 +232,68 @@ func (s *Store) unusedLocked() ([]string, error) {
 			return nil, err
 		}
 	}
-	reached := s.reach(live)
+	parents, err := s.parents()
+	if err != nil {
+		return nil, err
+	}
+	reached := reach(live, parents)
 	var unused []string
 	for _, name := range names {
-		if !reached[digestPrefix+name] {
-			unused = append(unused, digestPrefix+name)
+		digest := digestPrefix + name
+		if _, readable := parents[digest]; reached[digest] && !readable {
+			return nil, errdef.WithHint(damagedObject(digest), "it may stand on anything: remove the snapshots that tine snapshot ls calls failed")
+		}
+		if !reached[digest] {
+			unused = append(unused, digest)
 		}
 	}
-	return unused, nil
+	return childrenFirst(unused, parents), nil
 }
 
-func (s *Store) tagged() ([]string, error) {
-	tags, err := s.tags()
+func damagedObject(digest string) error {
+	return fmt.Errorf("%w: object %s has no manifest that can be read", errdef.ErrUnavailable, digest)
+}
+
+// named returns the digests that roots name.
+func (s *Store) named(except []root) ([]string, error) {
+	roots, err := s.roots()
 	if err != nil {
 		return nil, err
 	}
 	var digests []string
-	for _, tag := range tags {
-		t, tagErr := s.readTag(tag)
-		if tagErr != nil {
-			return nil, errdef.WithHint(tagErr, "it may point at anything: remove it with tine snapshot rm "+tag)
+	for _, r := range roots {
+		switch {
+		case r.err != nil && r.held:
+			return nil, errdef.WithHint(r.err, "it may point at anything: remove the file "+r.path)
+		case r.err != nil:
+			return nil, errdef.WithHint(r.err, "it may point at anything: remove it with tine snapshot rm "+r.name)
+		case !slices.ContainsFunc(except, func(e root) bool { return e.path == r.path }):
+			digests = append(digests, r.file.Digest)
 		}
-		digests = append(digests, t.Digest)
 	}
 	return digests, nil
 }
 
 // reach returns the digests given and all that their parents lead to.
-func (s *Store) reach(digests []string) map[string]bool {
+func reach(digests []string, parents map[string]string) map[string]bool {
 	reached := map[string]bool{}
-	for len(digests) > 0 {
-		digest := digests[0]
-		digests = digests[1:]
-		if reached[digest] {
-			continue
-		}
-		reached[digest] = true
-		if m, err := s.readObject(digest); err == nil && m.Parent != "" {
-			digests = append(digests, m.Parent)
+	for _, digest := range digests {
+		for digest != "" && !reached[digest] {
+			reached[digest] = true
+			digest = parents[digest]
 		}
 	}
 	return reached
+}
+
+// childrenFirst sorts objects so that each comes before its parent.
+func childrenFirst(digests []string, parents map[string]string) []string {
+	age := map[string]int{}
+	for _, digest := range digests {
+		age[digest] = len(reach([]string{digest}, parents))
+	}
+	slices.SortStableFunc(digests, func(a, b string) int { return age[b] - age[a] })
+	return digests
 }
 
 // objects returns the names under objects/ that an object can have.
@@ -304,8 +323,8 @@ func (s *Store) sweepLocked(dryRun bool) (Freed, error) {
 			return freed, err
 		}
 	}
-	if dryRun {
-		return freed, nil
+	if err = s.sweepFlats(dryRun, &freed); err != nil || dryRun {
+		return freed, err
 	}
 	return freed, s.removeTemp()
 }
@@ -336,7 +355,7 @@ func (s *Store) removeTemp() error {
 	if err != nil {
 		return err
 	}
-	err = durable.RemoveTemp(s.path(tagsDir))
+	err = errors.Join(durable.RemoveTemp(s.path(tagsDir)), durable.RemoveTemp(s.path(heldDir)))
 	for _, name := range names {
 		err = errors.Join(err, durable.RemoveTemp(s.path(objectsDir, name)))
 	}

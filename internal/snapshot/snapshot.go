@@ -30,14 +30,18 @@ import (
 const (
 	objectsDir = "objects"
 	tagsDir    = "tags"
+	heldDir    = "held"
 	stagingDir = "staging"
 	trashDir   = "trash"
 	lockFile   = "lock"
 
 	manifestFile = "manifest.json"
 	memoryFile   = "memory"
+	layerFile    = "layer"
 	deviceFile   = "device"
 	memoFile     = "verified.json"
+	flatFile     = "flat"
+	flatMemoFile = "flat.json"
 
 	tagSuffix = ".json"
 )
@@ -62,6 +66,8 @@ type Store struct {
 	dir    string
 	logger *slog.Logger
 	files  files
+
+	decoded decoded
 }
 
 // Snapshot is one snapshot as it was found. Only a ready one has a Manifest.
@@ -73,6 +79,9 @@ type Snapshot struct {
 	Problem  string
 	Manifest Manifest
 	Facts
+	// Depth is the number of layers between the snapshot and the whole image
+	// that they stand on: 0 for a whole image.
+	Depth int
 
 	dir string
 }
@@ -80,8 +89,16 @@ type Snapshot struct {
 // Dir is the snapshot's directory.
 func (s Snapshot) Dir() string { return s.dir }
 
-// MemoryPath is the file to map as a fork's memory, privately.
+// MemoryPath is the file of a whole memory. What a fork maps is for Store.Base
+// to say.
 func (s Snapshot) MemoryPath() string { return filepath.Join(s.dir, memoryFile) }
+
+// LayerPath is the file of a layered snapshot's own pages.
+func (s Snapshot) LayerPath() string { return filepath.Join(s.dir, layerFile) }
+
+// FlatPath is where Flatten keeps a layered snapshot's whole memory. Only Base
+// knows whether there is one that is to be trusted.
+func (s Snapshot) FlatPath() string { return filepath.Join(s.dir, flatFile) }
 
 // DevicePath is the file of device state.
 func (s Snapshot) DevicePath() string { return filepath.Join(s.dir, deviceFile) }
@@ -100,7 +117,7 @@ func open(dir string, logger *slog.Logger, f files) (*Store, error) {
 		logger = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{dir: dir, logger: logger, files: f}
-	for _, name := range []string{objectsDir, tagsDir, stagingDir, trashDir} {
+	for _, name := range []string{objectsDir, tagsDir, heldDir, stagingDir, trashDir} {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
 			return nil, fmt.Errorf("open snapshot store: %w", durable.Describe("make", dir, err))
 		}
@@ -132,27 +149,52 @@ func (s *Store) Resolve(ref string) (Snapshot, error) {
 	if err := CheckTag(ref); err != nil {
 		return Snapshot{}, err
 	}
-	snap, err := s.resolveTag(ref)
+	snap, err := s.resolveTag(ref, nil)
 	if errors.Is(err, errdef.ErrNotFound) && isHex(ref, minPrefix) {
 		return s.resolveDigest(ref, ref)
 	}
 	return snap, err
 }
 
-func (s *Store) resolveTag(tag string) (Snapshot, error) {
-	t, err := s.readTag(tag)
+func (s *Store) resolveTag(tag string, seen known) (Snapshot, error) {
+	r, err := s.tagRoot(tag)
 	if err != nil {
 		return Snapshot{}, err
 	}
-	snap := Snapshot{Tag: tag, Digest: t.Digest, Facts: t.Facts, Status: StatusReady, dir: s.objectPath(t.Digest)}
-	if snap.Manifest, err = s.readObject(t.Digest); err == nil {
+	return s.resolveRoot(r, seen)
+}
+
+func (s *Store) resolveRoot(r root, seen known) (Snapshot, error) {
+	t, err := r.read()
+	if err != nil {
+		return Snapshot{}, err
+	}
+	snap, err := s.load(t.Digest, seen)
+	if err == nil {
+		snap.Tag, snap.Facts = r.tag(), t.Facts
 		return snap, nil
 	}
 	// Removed, and perhaps made anew, while it was being looked at.
-	if now, again := s.readTag(tag); again != nil || now.Digest != t.Digest {
-		return Snapshot{}, notFound(tag)
+	if now, again := r.read(); again != nil || now.Digest != t.Digest {
+		return Snapshot{}, notFound(r.name)
 	}
-	return Snapshot{}, damaged(tag, err)
+	return Snapshot{}, damaged(r.name, err)
+}
+
+// load reads an object, and sees that all is there that its memory is made of.
+func (s *Store) load(digest string, seen known) (Snapshot, error) {
+	snap := Snapshot{Digest: digest, Status: StatusReady, dir: s.objectPath(digest)}
+	m, err := s.readObject(digest)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	snap.Manifest = m
+	chain, err := s.chain(snap, seen)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	snap.Depth = len(chain) - 1
+	return snap, nil
 }
 
 func (s *Store) resolveDigest(ref, digits string) (Snapshot, error) {
@@ -173,14 +215,14 @@ func (s *Store) resolveDigest(ref, digits string) (Snapshot, error) {
 		return Snapshot{}, fmt.Errorf("%w: snapshot %s may be any of %d", errdef.ErrInvalid, ref, len(names))
 	}
 	digest := digestPrefix + names[0]
-	m, err := s.readObject(digest)
+	snap, err := s.load(digest, nil)
 	if err != nil {
 		if _, gone := os.Lstat(s.objectPath(digest)); errors.Is(gone, fs.ErrNotExist) {
 			return Snapshot{}, notFound(ref)
 		}
 		return Snapshot{}, damaged(ref, err)
 	}
-	return Snapshot{Digest: digest, Status: StatusReady, Manifest: m, dir: s.objectPath(digest)}, nil
+	return snap, nil
 }
 
 func notFound(ref string) error { return fmt.Errorf("snapshot %s: %w", ref, errdef.ErrNotFound) }
@@ -199,8 +241,9 @@ func (s *Store) List() ([]Snapshot, error) {
 		return nil, err
 	}
 	var all []Snapshot
+	seen := known{}
 	for _, tag := range tags {
-		snap, found := s.look(tag)
+		snap, found := s.look(tag, seen)
 		if found {
 			all = append(all, snap)
 		}
@@ -219,8 +262,8 @@ func (s *Store) List() ([]Snapshot, error) {
 }
 
 // look is Resolve for a list: what is wrong is part of the answer.
-func (s *Store) look(tag string) (Snapshot, bool) {
-	snap, err := s.resolveTag(tag)
+func (s *Store) look(tag string, seen known) (Snapshot, bool) {
+	snap, err := s.resolveTag(tag, seen)
 	switch {
 	case err == nil:
 		return snap, true
@@ -235,15 +278,18 @@ func (s *Store) look(tag string) (Snapshot, bool) {
 }
 
 // tags returns the names under tags/ that are tags.
-func (s *Store) tags() ([]string, error) {
-	names, err := s.list(tagsDir)
-	var tags []string
-	for _, name := range names {
-		if tag, ok := strings.CutSuffix(name, tagSuffix); ok && CheckTag(tag) == nil {
-			tags = append(tags, tag)
+func (s *Store) tags() ([]string, error) { return s.names(tagsDir) }
+
+// names returns the names under tags/, or held/, that can be there.
+func (s *Store) names(dir string) ([]string, error) {
+	files, err := s.list(dir)
+	var names []string
+	for _, file := range files {
+		if name, ok := strings.CutSuffix(file, tagSuffix); ok && CheckTag(name) == nil {
+			names = append(names, name)
 		}
 	}
-	return tags, err
+	return names, err
 }
 
 // writing returns the tags that live processes are writing. A staging
@@ -252,6 +298,7 @@ func (s *Store) tags() ([]string, error) {
 // alone: so writers claim theirs under the store's lock.
 func (s *Store) writing() ([]string, error) {
 	names, err := s.list(stagingDir)
+	names = slices.DeleteFunc(names, func(name string) bool { return CheckTag(name) != nil }) // held ones
 	if err != nil || len(names) == 0 {
 		return nil, err
 	}
@@ -322,14 +369,6 @@ func (s *Store) objectPath(digest string) string {
 	return s.path(objectsDir, strings.TrimPrefix(digest, digestPrefix))
 }
 
-// tagPath is where a tag becomes a path, and the only place.
-func (s *Store) tagPath(tag string) (string, error) {
-	if err := CheckTag(tag); err != nil {
-		return "", err
-	}
-	return s.path(tagsDir, tag+tagSuffix), nil
-}
-
 // list returns the names in one of the store's directories, sorted.
 func (s *Store) list(name string) ([]string, error) {
 	entries, err := os.ReadDir(s.path(name))
@@ -343,30 +382,23 @@ func (s *Store) list(name string) ([]string, error) {
 	return names, nil
 }
 
-func (s *Store) readTag(tag string) (tagFile, error) {
-	path, err := s.tagPath(tag)
-	if err != nil {
-		return tagFile{}, err
-	}
-	data, err := readFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return tagFile{}, notFound(tag)
-	}
-	if err != nil {
-		return tagFile{}, fmt.Errorf("snapshot %s: %w", tag, err)
-	}
-	t, err := decodeTag(data)
-	if err != nil {
-		return tagFile{}, fmt.Errorf("snapshot %s: %w", tag, err)
-	}
-	return t, nil
-}
-
 // readObject reads an object's manifest, and sees that it is the one with that
 // digest and that its files have their sizes. Their content is for Verify.
 func (s *Store) readObject(digest string) (Manifest, error) {
-	dir := s.objectPath(digest)
-	data, err := readFile(filepath.Join(dir, manifestFile))
+	m, err := s.readManifest(digest)
+	if err != nil {
+		return Manifest{}, err
+	}
+	for _, f := range m.contents() {
+		if err = checkSize(filepath.Join(s.objectPath(digest), f.name), f.Size); err != nil {
+			return Manifest{}, err
+		}
+	}
+	return m, nil
+}
+
+func (s *Store) readManifest(digest string) (Manifest, error) {
+	data, err := readFile(filepath.Join(s.objectPath(digest), manifestFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return Manifest{}, fmt.Errorf("object %s: %w", digest, errdef.ErrNotFound)
 	}
@@ -376,14 +408,9 @@ func (s *Store) readObject(digest string) (Manifest, error) {
 	if got := digestOf(data); got != digest {
 		return Manifest{}, &DigestError{File: manifestFile, Want: digest, Got: got}
 	}
-	m, err := decodeManifest(data)
+	m, err := s.decoded.manifest(digest, data)
 	if err != nil {
 		return Manifest{}, fmt.Errorf("object %s: %w", digest, err)
-	}
-	for _, f := range m.contents() {
-		if err = checkSize(filepath.Join(dir, f.name), f.Size); err != nil {
-			return Manifest{}, err
-		}
 	}
 	return m, nil
 }

@@ -8,10 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"time"
 
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/progress"
 )
@@ -24,7 +24,7 @@ const step = "snapshot"
 // use.
 type Stage struct {
 	store   *Store
-	tag     string
+	root    root
 	replace bool
 	dir     string
 	claim   *os.File // the directory, locked; nil when the stage is over
@@ -34,20 +34,25 @@ type Stage struct {
 // another writes that tag and errdef.ErrExists when there is such a tag.
 // Always Abort the stage in the end.
 func (s *Store) Stage(ctx context.Context, tag string) (*Stage, error) {
-	return s.stage(ctx, tag, false)
+	r, err := s.tagRoot(tag)
+	if err != nil {
+		return nil, err
+	}
+	return s.stage(ctx, r, false)
 }
 
 // StageReplace is Stage for a tag that may exist: it points at the old
 // snapshot until Commit, which removes that one if nothing else names it.
 func (s *Store) StageReplace(ctx context.Context, tag string) (*Stage, error) {
-	return s.stage(ctx, tag, true)
-}
-
-func (s *Store) stage(ctx context.Context, tag string, replace bool) (*Stage, error) {
-	if err := CheckTag(tag); err != nil {
+	r, err := s.tagRoot(tag)
+	if err != nil {
 		return nil, err
 	}
-	st := &Stage{store: s, tag: tag, replace: replace, dir: s.path(stagingDir, tag)}
+	return s.stage(ctx, r, true)
+}
+
+func (s *Store) stage(ctx context.Context, r root, replace bool) (*Stage, error) {
+	st := &Stage{store: s, root: r, replace: replace, dir: s.path(stagingDir, r.staging())}
 	if err := s.locked(ctx, st.claimLocked); err != nil {
 		return nil, err
 	}
@@ -57,54 +62,61 @@ func (s *Store) stage(ctx context.Context, tag string, replace bool) (*Stage, er
 // claimLocked makes the stage's directory, over what a dead writer left.
 func (st *Stage) claimLocked() error {
 	s := st.store
-	if err := st.checkTag(); err != nil {
+	if err := st.checkRoot(); err != nil {
 		return err
 	}
 	old, err := lockDir(st.dir, false)
 	switch {
 	case errors.Is(err, errdef.ErrConflict):
-		return errdef.WithHint(fmt.Errorf("%w: snapshot %s is being written", errdef.ErrConflict, st.tag),
-			"wait until it is ready, or choose another tag")
+		return st.beingWritten()
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return fmt.Errorf("stage snapshot %s: %w", st.tag, err)
+		return fmt.Errorf("stage snapshot %s: %w", st.root.name, err)
 	default:
 		if err = errors.Join(s.files.removeAll(st.dir), durable.Unlock(old)); err != nil {
-			return fmt.Errorf("stage snapshot %s: %w", st.tag, err)
+			return fmt.Errorf("stage snapshot %s: %w", st.root.name, err)
 		}
 	}
 	if err = s.files.mkdir(st.dir); err != nil {
-		return fmt.Errorf("stage snapshot %s: %w", st.tag, err)
+		return fmt.Errorf("stage snapshot %s: %w", st.root.name, err)
 	}
 	if st.claim, err = lockDir(st.dir, false); err != nil {
-		return errors.Join(fmt.Errorf("stage snapshot %s: %w", st.tag, err), s.files.removeAll(st.dir))
+		return errors.Join(fmt.Errorf("stage snapshot %s: %w", st.root.name, err), s.files.removeAll(st.dir))
 	}
 	return nil
 }
 
-// checkTag fails when the tag is there and is not to be replaced.
-func (st *Stage) checkTag() error {
-	path, err := st.store.tagPath(st.tag)
-	if err != nil || st.replace {
-		return err
+func (st *Stage) beingWritten() error {
+	return errdef.WithHint(fmt.Errorf("%w: snapshot %s is being written", errdef.ErrConflict, st.root.name),
+		"wait until it is ready, or choose another tag")
+}
+
+// checkRoot fails when the tag is there and is not to be replaced.
+func (st *Stage) checkRoot() error {
+	if st.replace {
+		return nil
 	}
-	_, err = os.Lstat(path)
+	_, err := os.Lstat(st.root.path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("stage snapshot %s: %w", st.tag, err)
+		return fmt.Errorf("stage snapshot %s: %w", st.root.name, err)
 	}
-	return errdef.WithHint(fmt.Errorf("snapshot %s: %w", st.tag, errdef.ErrExists),
-		"remove it with tine snapshot rm "+st.tag+", or choose another tag")
+	return errdef.WithHint(fmt.Errorf("snapshot %s: %w", st.root.name, errdef.ErrExists),
+		"remove it with tine snapshot rm "+st.root.name+", or choose another tag")
 }
 
-// Dir is the stage's directory. At Commit it may hold the memory and the
-// device state, and nothing else.
+// Dir is the stage's directory. At Commit it may hold the memory or a layer,
+// and the device state, and nothing else.
 func (st *Stage) Dir() string { return st.dir }
 
 // MemoryPath is where the machine's memory is to be written.
 func (st *Stage) MemoryPath() string { return filepath.Join(st.dir, memoryFile) }
+
+// LayerPath is where, instead of the memory, the pages are to be written in
+// which it differs from that of the manifest's parent.
+func (st *Stage) LayerPath() string { return filepath.Join(st.dir, layerFile) }
 
 // DevicePath is where the device state is to be written.
 func (st *Stage) DevicePath() string { return filepath.Join(st.dir, deviceFile) }
@@ -115,11 +127,11 @@ func (st *Stage) DevicePath() string { return filepath.Join(st.dir, deviceFile) 
 // without a tag, and the stage is there for another try or for Abort.
 func (st *Stage) Commit(ctx context.Context, m Manifest, facts Facts) (Snapshot, error) {
 	if st.claim == nil {
-		return Snapshot{}, fmt.Errorf("%w: commit snapshot %s: the stage is over", errdef.ErrInvalid, st.tag)
+		return Snapshot{}, fmt.Errorf("%w: commit snapshot %s: the stage is over", errdef.ErrInvalid, st.root.name)
 	}
 	snap, err := st.commit(ctx, m, facts)
 	if err != nil {
-		return Snapshot{}, fmt.Errorf("commit snapshot %s: %w", st.tag, err)
+		return Snapshot{}, fmt.Errorf("commit snapshot %s: %w", st.root.name, err)
 	}
 	return snap, nil
 }
@@ -133,16 +145,16 @@ func (st *Stage) commit(ctx context.Context, m Manifest, facts Facts) (Snapshot,
 		return Snapshot{}, err
 	}
 	if facts.CreatedAt.IsZero() {
-		facts.CreatedAt = time.Now().UTC().Truncate(time.Millisecond)
+		facts.CreatedAt = now()
 	}
-	tag := tagFile{Version: Version, Digest: digest, Facts: facts}
-	if err = st.store.locked(ctx, func() error { return st.publishLocked(&m, &tag) }); err != nil {
+	snap := Snapshot{
+		Tag: st.root.tag(), Digest: digest, Status: StatusReady, Manifest: m, Facts: facts,
+		dir: st.store.objectPath(digest),
+	}
+	if err = st.store.locked(ctx, func() error { return st.publishLocked(&snap) }); err != nil {
 		return Snapshot{}, err
 	}
-	return Snapshot{
-		Tag: st.tag, Digest: digest, Status: StatusReady, Manifest: m, Facts: facts,
-		dir: st.store.objectPath(digest),
-	}, nil
+	return snap, nil
 }
 
 // checkNames fails when there is a file that the manifest will not name.
@@ -152,7 +164,7 @@ func (st *Stage) checkNames() error {
 		return err
 	}
 	for _, e := range entries {
-		known := slices.Contains([]string{memoryFile, deviceFile, manifestFile, memoFile}, e.Name())
+		known := slices.Contains([]string{memoryFile, layerFile, deviceFile, manifestFile, memoFile}, e.Name())
 		if !known || !e.Type().IsRegular() {
 			return fmt.Errorf("%w: unexpected file %s", errdef.ErrInvalid, filepath.Join(st.dir, e.Name()))
 		}
@@ -163,21 +175,23 @@ func (st *Stage) checkNames() error {
 // seal completes the manifest and brings the whole stage to the disk, so that
 // little is left to do under the store's lock.
 func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err error) {
-	if err = st.punch(ctx); err != nil {
-		return "", err
-	}
-	m.Version = Version
-	sums, stamps, err := hashAll(ctx, st.dir)
+	content, err := st.finish(ctx, m)
 	if err != nil {
 		return "", err
 	}
-	m.Memory, m.Device = sums[memoryFile], sums[deviceFile]
+	m.Version = Version
+	sums, stamps, err := hashAll(ctx, st.dir, content, deviceFile)
+	if err != nil {
+		return "", err
+	}
+	m.Memory, m.Layer, m.Device = sums[memoryFile], sums[layerFile], sums[deviceFile]
 	data, digest, err := m.encode()
 	if err != nil {
 		return "", err
 	}
 	progress.Report(ctx, step, "writing to disk")
-	for _, path := range []string{st.MemoryPath(), st.DevicePath()} {
+	for _, f := range m.contents() {
+		path := filepath.Join(st.dir, f.name)
 		if err = durable.SyncFile(path); err != nil {
 			return "", durable.Describe("sync", path, err)
 		}
@@ -186,6 +200,60 @@ func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err erro
 		return "", err
 	}
 	return digest, st.store.files.write(filepath.Join(st.dir, manifestFile), data)
+}
+
+// finish makes the memory ready to be hashed, or sees that there is a whole
+// layer that can stand on the parent, and returns the one's or other's name.
+func (st *Stage) finish(ctx context.Context, m *Manifest) (name string, err error) {
+	_, err = os.Lstat(st.LayerPath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return memoryFile, st.punch(ctx)
+	}
+	if err != nil {
+		return "", err
+	}
+	if _, err = os.Lstat(st.MemoryPath()); !errors.Is(err, fs.ErrNotExist) {
+		return "", errors.Join(fmt.Errorf("%w: both memory and a layer", errdef.ErrInvalid), err)
+	}
+	chain, err := st.below(m)
+	if err != nil {
+		return "", err
+	}
+	return layerFile, checkLayer(st.LayerPath(), chain[0].Manifest.Memory.Size)
+}
+
+// below returns the chain that a layer is to stand on.
+func (st *Stage) below(m *Manifest) ([]Snapshot, error) {
+	if m.Parent == "" {
+		return nil, fmt.Errorf("%w: a layer without a parent", errdef.ErrInvalid)
+	}
+	if err := checkDigest(m.Parent); err != nil {
+		return nil, fmt.Errorf("parent: %w", err)
+	}
+	parent, err := st.store.load(m.Parent, nil)
+	if err != nil {
+		return nil, fmt.Errorf("parent: %w", err)
+	}
+	if err = m.fits(&parent.Manifest); err != nil {
+		return nil, err
+	}
+	if parent.Depth >= MaxDepth {
+		return nil, tooDeep()
+	}
+	return st.store.chain(parent, nil)
+}
+
+// checkLayer sees that a layer is whole, as far as that shows without reading
+// its pages, and that it is one of a memory of that size.
+func checkLayer(path string, memory int64) error {
+	l, err := guestmem.OpenLayer(path)
+	if err != nil {
+		return err
+	}
+	if l.Memory() != memory {
+		err = fmt.Errorf("%w: layer of a memory of %d bytes, its parent has %d", errdef.ErrInvalid, l.Memory(), memory)
+	}
+	return errors.Join(err, l.Close())
 }
 
 // punch makes holes of the memory's pages of zeros, where holes can be made.
@@ -204,29 +272,41 @@ func (st *Stage) punch(ctx context.Context) error {
 
 // publishLocked gives the object its name, then points the tag at it. Dying
 // in between leaves an object without a tag, which GC removes.
-func (st *Stage) publishLocked(m *Manifest, tag *tagFile) error {
-	s := st.store
-	if err := st.checkTag(); err != nil {
+func (st *Stage) publishLocked(snap *Snapshot) error {
+	if err := st.checkRoot(); err != nil {
 		return err
 	}
-	if m.Parent != "" {
-		if _, err := s.readObject(m.Parent); err != nil {
+	m := &snap.Manifest
+	switch {
+	case m.Layered(): // again: only now can nobody take it away
+		chain, err := st.below(m)
+		if err != nil {
+			return err
+		}
+		snap.Depth = len(chain)
+	case m.Parent != "":
+		if _, err := st.store.readObject(m.Parent); err != nil {
 			return fmt.Errorf("parent: %w", err)
 		}
 	}
-	path, err := s.tagPath(st.tag)
-	if err != nil {
+	tag := tagFile{Version: Version, Digest: snap.Digest, Facts: snap.Facts}
+	if _, err := tag.encode(); err != nil {
 		return err
 	}
+	if err := st.publishObject(snap.Digest); err != nil {
+		return err
+	}
+	return st.pointLocked(&tag)
+}
+
+// pointLocked points the tag at an object, and tidies up.
+func (st *Stage) pointLocked(tag *tagFile) error {
 	data, err := tag.encode()
 	if err != nil {
 		return err
 	}
-	old, oldErr := s.readTag(st.tag)
-	if err = st.publishObject(tag.Digest); err != nil {
-		return err
-	}
-	if err = s.files.write(path, data); err != nil {
+	old, oldErr := st.root.read()
+	if err = st.store.files.write(st.root.path, data); err != nil {
 		return err
 	}
 	if oldErr != nil || old.Digest == tag.Digest {
@@ -266,7 +346,7 @@ func (st *Stage) Abort() error {
 	err = errors.Join(err, durable.Unlock(st.claim))
 	st.claim = nil
 	if err != nil {
-		return fmt.Errorf("abort snapshot %s: %w", st.tag, err)
+		return fmt.Errorf("abort snapshot %s: %w", st.root.name, err)
 	}
 	return nil
 }
@@ -283,6 +363,6 @@ func (st *Stage) tidyLocked(replaced string) {
 		}
 	}
 	if err != nil {
-		s.logger.Warn("left for garbage collection", "snapshot", st.tag, "error", err)
+		s.logger.Warn("left for garbage collection", "snapshot", st.root.name, "error", err)
 	}
 }

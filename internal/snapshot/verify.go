@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/progress"
 )
 
@@ -32,16 +34,6 @@ func (e *DigestError) Error() string {
 
 // Unwrap returns the error's category.
 func (e *DigestError) Unwrap() error { return errdef.ErrUnavailable }
-
-// content is a file that a manifest names.
-type content struct {
-	name string
-	File
-}
-
-func (m *Manifest) contents() []content {
-	return []content{{memoryFile, m.Memory}, {deviceFile, m.Device}}
-}
 
 // memo remembers which files had their digests when they were last read. It
 // holds as long as they keep inode, size and time of change.
@@ -72,10 +64,28 @@ func stampOf(path string) (stamp, error) {
 	return stamp{st.Ino, st.Size, st.Mtim.Nano()}, nil
 }
 
-// Verify sees that the files of a snapshot are what its digest says. It reads
-// them only when they have changed since it, or Commit, last did. The error is
-// a *DigestError when a file is not what it should be.
+// Verify sees that the files of a snapshot, and of all that its memory is made
+// of, are what their digests say. It reads them only when they have changed
+// since it, or Commit, last did. The error is a *DigestError when a file is not
+// what it should be.
 func (s *Store) Verify(ctx context.Context, snap Snapshot) error {
+	chain, err := s.Chain(snap)
+	if err != nil {
+		return err
+	}
+	return s.verifyChain(ctx, chain)
+}
+
+func (s *Store) verifyChain(ctx context.Context, chain []Snapshot) error {
+	for _, snap := range chain {
+		if err := s.verifyOne(ctx, snap); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) verifyOne(ctx context.Context, snap Snapshot) error {
 	if verified(snap) {
 		return nil
 	}
@@ -110,11 +120,12 @@ func verified(snap Snapshot) bool {
 
 // verify reads everything.
 func verify(ctx context.Context, snap Snapshot) (memo, error) {
-	sums, stamps, err := hashAll(ctx, snap.dir)
+	contents := snap.Manifest.contents()
+	sums, stamps, err := hashAll(ctx, snap.dir, contents[0].name, contents[1].name)
 	if err != nil {
 		return memo{}, err
 	}
-	for _, c := range snap.Manifest.contents() {
+	for _, c := range contents {
 		if got := sums[c.name]; got != c.File {
 			return memo{}, &DigestError{File: filepath.Join(snap.dir, c.name), Want: c.Digest, Got: got.Digest}
 		}
@@ -122,11 +133,11 @@ func verify(ctx context.Context, snap Snapshot) (memo, error) {
 	return stamps, nil
 }
 
-// hashAll reads the files of a snapshot. A file that changes meanwhile gets a
-// stamp that will not match.
-func hashAll(ctx context.Context, dir string) (map[string]File, memo, error) {
+// hashAll reads files of a snapshot. A file that changes meanwhile gets a stamp
+// that will not match.
+func hashAll(ctx context.Context, dir string, names ...string) (map[string]File, memo, error) {
 	sums, m := map[string]File{}, memo{Version: Version, Files: map[string]stamp{}}
-	for _, name := range []string{memoryFile, deviceFile} {
+	for _, name := range names {
 		path := filepath.Join(dir, name)
 		before, err := stampOf(path)
 		if err != nil {
@@ -155,7 +166,7 @@ func hashFile(ctx context.Context, path string) (File, error) {
 		return File{}, fmt.Errorf("%w: %s is no regular file", errdef.ErrUnavailable, path)
 	}
 	h := sha256.New()
-	size, err := io.CopyBuffer(h, &reader{ctx: ctx, f: f, total: st.Size()}, make([]byte, 1<<20))
+	size, err := io.CopyBuffer(h, &reader{ctx: ctx, f: f, total: st.Size()}, make([]byte, min(1<<20, max(st.Size(), 1))))
 	if err != nil {
 		return File{}, err
 	}
@@ -197,7 +208,7 @@ type Problem struct {
 // snapshot cannot be removed while Check reads it.
 func (s *Store) Check(ctx context.Context) ([]Problem, error) {
 	c := checker{store: s}
-	for _, check := range []func(context.Context) error{c.top, c.tags, c.objects} {
+	for _, check := range []func(context.Context) error{c.top, c.roots, c.objects} {
 		if err := check(ctx); err != nil {
 			return nil, fmt.Errorf("check snapshots: %w", err)
 		}
@@ -218,49 +229,67 @@ func (c *checker) top(context.Context) error {
 		return err
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{objectsDir, tagsDir, stagingDir, trashDir, lockFile}, e.Name()) {
+		if !slices.Contains([]string{objectsDir, tagsDir, heldDir, stagingDir, trashDir, lockFile}, e.Name()) {
 			c.add(e.Name(), "not a part of the store")
 		}
 	}
 	return nil
 }
 
-func (c *checker) tags(context.Context) error {
-	tags, err := c.store.tags()
-	if err != nil {
-		return err
-	}
-	names, err := c.store.list(tagsDir)
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		if !slices.ContainsFunc(tags, func(tag string) bool { return tag+tagSuffix == name }) && !durable.IsTemp(name) {
-			c.add(filepath.Join(tagsDir, name), "not a tag")
+func (c *checker) roots(context.Context) error {
+	for _, dir := range []string{tagsDir, heldDir} {
+		if err := c.strangers(dir); err != nil {
+			return err
 		}
 	}
-	for _, tag := range tags {
-		t, tagErr := c.store.readTag(tag)
-		switch {
-		case errors.Is(tagErr, errdef.ErrNotFound): // removed meanwhile
-		case tagErr != nil:
-			c.add(tag, tagErr.Error())
-		default:
-			c.target(tag, t.Digest)
+	roots, err := c.store.roots()
+	if err != nil {
+		return err
+	}
+	for _, r := range roots {
+		if r.err != nil {
+			c.add(r.object(), r.err.Error())
+		} else {
+			c.target(r)
 		}
 	}
 	return nil
 }
 
-// target sees that there is something that the tag points at; what that is
+// object is what a problem with it is about.
+func (r root) object() string {
+	if r.held {
+		return filepath.Join(heldDir, r.name)
+	}
+	return r.name
+}
+
+func (c *checker) strangers(dir string) error {
+	names, err := c.store.names(dir)
+	if err != nil {
+		return err
+	}
+	files, err := c.store.list(dir)
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		if !slices.ContainsFunc(names, func(name string) bool { return name+tagSuffix == file }) && !durable.IsTemp(file) {
+			c.add(filepath.Join(dir, file), "not a tag")
+		}
+	}
+	return nil
+}
+
+// target sees that there is something that the root points at; what that is
 // like is told once, of the object.
-func (c *checker) target(tag, digest string) {
-	_, err := os.Lstat(c.store.objectPath(digest))
+func (c *checker) target(r root) {
+	_, err := os.Lstat(c.store.objectPath(r.file.Digest))
 	if !errors.Is(err, fs.ErrNotExist) {
 		return
 	}
-	if now, againErr := c.store.readTag(tag); againErr == nil && now.Digest == digest {
-		c.add(tag, "points at "+digest+", which is not there")
+	if now, againErr := r.read(); againErr == nil && now.Digest == r.file.Digest {
+		c.add(r.object(), "points at "+r.file.Digest+", which is not there")
 	}
 }
 
@@ -326,18 +355,118 @@ func (c *checker) pinned(ctx context.Context, snap Snapshot) error {
 	if _, err = verify(ctx, snap); err != nil {
 		return err
 	}
-	if m.Parent != "" {
+	if m.Layered() {
+		err = c.layered(ctx, snap)
+	} else if m.Parent != "" {
 		if _, err = os.Lstat(c.store.objectPath(m.Parent)); err != nil {
-			return fmt.Errorf("parent %s: %w", m.Parent, err)
+			err = fmt.Errorf("parent %s: %w", m.Parent, err)
 		}
 	}
-	return c.undeclared(snap)
+	return errors.Join(err, c.undeclared(snap))
+}
+
+// layered reads the layer's pages by its own checksums, and sees that it has a
+// chain to stand on. Its parents are looked at as objects of their own.
+func (c *checker) layered(ctx context.Context, snap Snapshot) error {
+	chain, err := c.store.chain(snap, nil)
+	if err != nil {
+		return err
+	}
+	if err = checkLayer(snap.LayerPath(), chain[0].Manifest.Memory.Size); err != nil {
+		return err
+	}
+	l, err := guestmem.OpenLayer(snap.LayerPath())
+	if err != nil {
+		return err
+	}
+	if err = errors.Join(l.Verify(ctx), l.Close()); err != nil {
+		return err
+	}
+	return c.flat(ctx, chain)
+}
+
+// flat compares the flat image, if there is one that forks would trust, with
+// what it was made of.
+func (c *checker) flat(ctx context.Context, chain []Snapshot) error {
+	snap := chain[len(chain)-1]
+	memo, ok := snap.flatMemo()
+	if !ok {
+		return nil // being made, or to be swept
+	}
+	err := compareFlat(ctx, chain, memo)
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	if _, still := snap.flatMemo(); !still { // dropped meanwhile
+		return nil
+	}
+	return errors.Join(err, c.store.removeIfThere(snap.flatMemoPath())) // no fork may trust it any more
+}
+
+func compareFlat(ctx context.Context, chain []Snapshot, memo flatMemo) error {
+	path := chain[len(chain)-1].FlatPath()
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = f.Close() }() // only read
+	img, err := openImage(chain)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = img.Close() }() // only read
+	if memo.Size != img.Size() {
+		return fmt.Errorf("%w: %s has %d bytes, the memory %d", errdef.ErrUnavailable, path, memo.Size, img.Size())
+	}
+	sum := sha256.New()
+	flat := io.TeeReader(&reader{ctx: ctx, f: f, total: memo.Size}, sum)
+	if err = sameContent(flat, io.NewSectionReader(img, 0, img.Size())); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if got := digestPrefix + hex.EncodeToString(sum.Sum(nil)); got != memo.Digest {
+		return &DigestError{File: path, Want: memo.Digest, Got: got}
+	}
+	return nil
+}
+
+// sameContent reads both to their ends, unless they differ.
+func sameContent(a, b io.Reader) error {
+	p, q := make([]byte, 1<<20), make([]byte, 1<<20)
+	for at := int64(0); ; {
+		n, err := io.ReadFull(a, p)
+		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			return err
+		}
+		k, otherErr := io.ReadFull(b, q)
+		if otherErr != nil && !errors.Is(otherErr, io.EOF) && !errors.Is(otherErr, io.ErrUnexpectedEOF) {
+			return otherErr
+		}
+		if !bytes.Equal(p[:n], q[:k]) {
+			return fmt.Errorf("%w: it differs from the memory and layers it was made of, after byte %d", errdef.ErrUnavailable, at)
+		}
+		if n < len(p) {
+			return nil
+		}
+		at += int64(n)
+	}
+}
+
+// fileNames are those that an object's directory may have.
+func (s Snapshot) fileNames() []string {
+	names := []string{manifestFile, memoFile}
+	for _, f := range s.Manifest.contents() {
+		names = append(names, f.name)
+	}
+	if s.Manifest.Layered() {
+		names = append(names, flatFile, flatMemoFile)
+	}
+	return names
 }
 
 func (c *checker) undeclared(snap Snapshot) error {
 	entries, err := os.ReadDir(snap.dir)
 	for _, e := range entries {
-		if !slices.Contains([]string{manifestFile, memoryFile, deviceFile, memoFile}, e.Name()) && !durable.IsTemp(e.Name()) {
+		if !slices.Contains(snap.fileNames(), e.Name()) && !durable.IsTemp(e.Name()) {
 			c.add(filepath.Join(objectsDir, filepath.Base(snap.dir), e.Name()), "not a part of the snapshot")
 		}
 	}
