@@ -6,14 +6,27 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"syscall"
 
 	"github.com/tinevm/tine/internal/assemble"
 	"github.com/tinevm/tine/internal/cli"
+	"github.com/tinevm/tine/internal/guestmem"
 )
 
 func main() {
+	if slices.Equal(os.Args[1:], assemble.TwinRole()[1:]) {
+		os.Exit(twin())
+	}
 	os.Exit(run())
+}
+
+// twin is this program as the helper of a live branch; see guestmem.Freezer.
+func twin() int {
+	if err := guestmem.ServeTwin(os.Stdin, os.Stdout); err != nil {
+		return 1 // it has been told to whoever started us
+	}
+	return 0
 }
 
 func run() int {

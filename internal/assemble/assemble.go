@@ -35,6 +35,10 @@ func (p Parts) Deps() cli.Deps {
 	return cli.Deps{Serve: p.serve, Local: p.local, Demo: p.demo, Bench: p.bench, Doctor: p.doctor}
 }
 
+// TwinRole is the command line of this program as the helper of a live branch.
+// It is the program that runs now, even when another has taken its name.
+func TwinRole() []string { return []string{"/proc/self/exe", "role", "twin"} }
+
 // closeTime bounds how long a daemon may take to let go of its sandboxes.
 const closeTime = 60 * time.Second
 
@@ -51,7 +55,7 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (
 	if cfg.Engine, err = engines.Choose(ctx, engineConfig(o)); err != nil {
 		return nil, nil, err
 	}
-	cfg.StateDir, cfg.Version = o.StateDir, p.Version
+	cfg.StateDir, cfg.Version, cfg.Twin = o.StateDir, p.Version, TwinRole()
 	cfg.Doctor = func(ctx context.Context) []wire.DoctorCheck { return examine(ctx, o) }
 	d, err := daemon.Open(ctx, cfg)
 	if err != nil {

@@ -25,6 +25,7 @@ import (
 	"github.com/tinevm/tine/internal/api"
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
@@ -39,6 +40,9 @@ type Config struct {
 	Engine   vmm.Engine
 	// Agent is the path of the guest agent that new images get.
 	Agent string
+	// Twin is the command line of this program as the helper of live branches;
+	// nil: there are none.
+	Twin []string
 	// Ephemeral sandboxes die with this process.
 	Ephemeral bool
 	// Limits bound what callers can ask for; zero fields mean the defaults.
@@ -89,7 +93,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	}
 	d.Sandboxes, err = sandbox.NewManager(ctx, sandbox.Config{
 		Dir: d.path("sandboxes"), Engine: cfg.Engine, Snapshots: d.Snapshots, Images: d.Images,
-		Logger: d.log, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
+		Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
 	})
 	if err != nil {
 		return nil, err
@@ -102,8 +106,8 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 }
 
 // maxStateDir leaves room for the sockets below the state directory: their
-// paths hold 107 bytes at most, and end in /sandboxes/sb-0123456789ab/agent.sock.
-const maxStateDir = 107 - len("/sandboxes/sb-0123456789ab/agent.sock")
+// paths hold 107 bytes at most, and end in /sandboxes/sb-0123456789ab/0/agent.sock.
+const maxStateDir = 107 - len("/sandboxes/sb-0123456789ab/0/agent.sock")
 
 // MakeStateDir makes a state directory, unless it is there, and returns its
 // absolute path. Open does so too; whoever needs it before calls this.

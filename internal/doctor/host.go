@@ -56,7 +56,7 @@ func existing(dir string) (string, error) {
 
 // maxStateDir leaves room for the sockets below the state directory: their
 // paths hold 107 bytes at most (unix(7)).
-const maxStateDir = 107 - len("/sandboxes/sb-0123456789ab/agent.sock")
+const maxStateDir = 107 - len("/sandboxes/sb-0123456789ab/0/agent.sock")
 
 func (x *examiner) socketPath(context.Context) Check {
 	n := len(x.cfg.StateDir)

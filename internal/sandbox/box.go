@@ -13,12 +13,11 @@ import (
 	"github.com/tinevm/tine/internal/vmm"
 )
 
-// box is one sandbox and its machine. From admit on its goroutine, live, is
-// the only one that ends it.
+// box is one sandbox and the machine that it has just now. From admit on its
+// goroutine, live, is the only one that ends it.
 type box struct {
 	m  *Manager
 	id string
-	vm vmm.VM // nil when the machine was gone before this process came
 
 	// ctx ends when the sandbox can be used no more; its cause says why.
 	ctx  context.Context
@@ -30,14 +29,19 @@ type box struct {
 	retry   time.Time     // after a failure to end it: when to try again; only for live
 
 	mu      sync.Mutex
+	vm      vmm.VM // nil when suspended, or gone before this process came
 	record  record
 	removed bool          // its directory is, or is about to be
 	client  *guest.Client // the present session, or nil
 	inUse   int           // Withs under way
 	doomed  bool          // it is to end, and live tries until it has
 
-	dialling chan struct{} // a token held by whoever dials the agent
-	retime   chan struct{} // tells live that the time to live has changed
+	retiring bool // it is idle, and being suspended
+
+	// turn has a token that is held by whoever opens a session, needs the
+	// machine at rest or gives the sandbox another, and by live in the end.
+	turn chan struct{}
+	look chan struct{} // tells live that its time or its machine has changed
 }
 
 // order tells live to let go of the sandbox.
@@ -62,10 +66,10 @@ var (
 func newBox(m *Manager, vm vmm.VM, r record) *box {
 	b := &box{
 		m: m, id: r.ID, vm: vm, record: r,
-		orders:   make(chan order),
-		over:     make(chan struct{}),
-		dialling: make(chan struct{}, 1),
-		retime:   make(chan struct{}, 1),
+		orders: make(chan order),
+		over:   make(chan struct{}),
+		turn:   make(chan struct{}, 1),
+		look:   make(chan struct{}, 1),
 	}
 	b.ctx, b.stop = context.WithCancelCause(context.WithoutCancel(m.ctx))
 	if r.State == Dead {
@@ -95,11 +99,13 @@ func (b *box) listed() bool {
 func (b *box) live() {
 	defer close(b.over)
 	defer b.stop(errRemoved) // has been called by then; this frees the context
-	var gone <-chan struct{}
-	if b.vm != nil {
-		gone = b.vm.Done()
-	}
+	var noted vmm.VM         // the machine whose end we know of
 	for over := false; !over; {
+		vm := b.machine()
+		var gone <-chan struct{}
+		if vm != nil && vm != noted {
+			gone = vm.Done()
+		}
 		timer := time.NewTimer(b.untilExpiry())
 		select {
 		case o := <-b.orders:
@@ -107,13 +113,30 @@ func (b *box) live() {
 			over = err == nil || o.what == leave
 			o.done <- err
 		case <-gone:
-			gone = nil // listed as dead until it is removed
-			over = b.died()
-		case <-b.retime:
+			noted = vm
+			over = b.died(vm)
+		case <-b.look:
 		case <-timer.C:
 			over = b.expire()
 		}
 		timer.Stop()
+	}
+}
+
+// machine is the sandbox's machine just now, or nil.
+func (b *box) machine() vmm.VM {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.vm
+}
+
+// take waits for the sandbox's turn. Sessions that are open go on meanwhile.
+func (b *box) take(ctx context.Context) (release func(), err error) {
+	select {
+	case b.turn <- struct{}{}:
+		return func() { <-b.turn }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
 }
 
@@ -127,12 +150,13 @@ func (b *box) obey(what action) error {
 	}
 	b.stop(errClosed)
 	b.overErr = fmt.Errorf("sandbox %s: %w", b.id, errClosed)
+	b.turn <- struct{}{} // whoever has it gives up now
 	b.hangUp()
 	b.m.remove(b)
-	if b.vm == nil {
-		return nil
+	if vm := b.machine(); vm != nil {
+		return vm.Detach()
 	}
-	return b.vm.Detach()
+	return nil
 }
 
 // order gives live an order and waits until it is carried out, or ctx ends. An
@@ -177,16 +201,23 @@ func (b *box) restLocked() time.Duration {
 	if !r.ExpiresAt.IsZero() {
 		rest = min(rest, time.Until(r.ExpiresAt))
 	}
-	if r.IdleTTL > 0 && b.inUse == 0 {
+	if r.IdleTTL > 0 && b.inUse == 0 && r.State != Suspended && !b.retiring {
 		rest = min(rest, time.Until(r.LastActive.Add(r.IdleTTL)))
 	}
 	return rest
 }
 
-// expire ends the sandbox if its time is still up.
+// expire ends the sandbox if its time is still up, or has it suspended if it
+// is only idle and wants that.
 func (b *box) expire() (over bool) {
 	b.mu.Lock()
 	up := b.restLocked() <= 0
+	if up && b.idleLocked() {
+		b.retiring = true
+		b.mu.Unlock()
+		b.m.suspendIdle(b)
+		return false
+	}
 	first := up && !b.doomed
 	if up {
 		b.doomed = true
@@ -202,13 +233,24 @@ func (b *box) expire() (over bool) {
 	return b.tryDestroy()
 }
 
+// idleLocked reports whether idleness is all that is up, and suspends.
+func (b *box) idleLocked() bool {
+	r := &b.record
+	old := !r.ExpiresAt.IsZero() && !time.Now().Before(r.ExpiresAt)
+	return r.IdleSuspend && r.State == Running && !b.doomed && !old
+}
+
 // died notes that the machine ended without being asked to.
-func (b *box) died() (over bool) {
+func (b *box) died(vm vmm.VM) (over bool) {
 	reason := "the guest powered off or restarted"
-	if err := b.vm.Err(); err != nil {
+	if err := vm.Err(); err != nil {
 		reason = err.Error()
 	}
 	b.mu.Lock()
+	if b.vm != vm { // the sandbox has another, or none, and had this one ended
+		b.mu.Unlock()
+		return false
+	}
 	if b.record.State == Creating {
 		b.doomed = true // nobody will ever ask how it died
 	} else {
@@ -247,8 +289,13 @@ const killTimeout = 30 * time.Second
 // machine, so that one that could not be ended is found again, and the place
 // last, for only then is there room for another.
 func (b *box) destroy() error {
+	b.turn <- struct{}{} // stop has been called: whoever has it gives up now
+	defer func() { <-b.turn }()
 	b.hangUp()
 	err := b.killMachine()
+	if err == nil {
+		err = b.m.dropHeld(b.id)
+	}
 	if err == nil {
 		b.mu.Lock()
 		b.removed = true
@@ -264,8 +311,8 @@ func (b *box) destroy() error {
 }
 
 func (b *box) killMachine() error {
-	if b.vm != nil {
-		return b.m.kill(b.vm)
+	if vm := b.machine(); vm != nil {
+		return b.m.kill(vm)
 	}
 	strays, err := findMachines()
 	if err != nil {
@@ -306,29 +353,38 @@ func (b *box) use() (done func(), err error) {
 		defer b.mu.Unlock()
 		b.inUse--
 		b.record.LastActive = time.Now()
-		b.recount()
+		b.glance()
 	}, nil
 }
 
-// recount makes live look at the time to live again.
-func (b *box) recount() {
+// glance makes live look at the time and the machine again.
+func (b *box) glance() {
 	select {
-	case b.retime <- struct{}{}:
+	case b.look <- struct{}{}:
 	default:
 	}
 }
 
 // session returns the session with the agent, and makes one when there is
-// none or when it broke.
+// none or when it broke. A sandbox that is suspended is resumed.
 func (b *box) session(ctx context.Context) (*guest.Client, error) {
-	select {
-	case b.dialling <- struct{}{}:
-		defer func() { <-b.dialling }()
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
+	release, err := b.take(ctx)
+	if err != nil {
+		return nil, err
 	}
+	defer release()
+	if b.info().State == Suspended {
+		if err = b.resume(ctx); err != nil {
+			return nil, fmt.Errorf("resume: %w", err)
+		}
+	}
+	return b.talk(ctx)
+}
+
+// talk is session for one who has the turn, of a sandbox with a machine.
+func (b *box) talk(ctx context.Context) (*guest.Client, error) {
 	b.mu.Lock()
-	c := b.client
+	c, vm := b.client, b.vm
 	b.mu.Unlock()
 	if c != nil {
 		if c.Err() == nil {
@@ -336,7 +392,10 @@ func (b *box) session(ctx context.Context) (*guest.Client, error) {
 		}
 		_ = c.Close() // it has ended; this waits until it has let go of the line
 	}
-	c, err := dial(ctx, b.vm, nil)
+	if vm == nil || b.ctx.Err() != nil {
+		return nil, context.Cause(b.ctx)
+	}
+	c, err := dial(ctx, vm, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -8,22 +8,22 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
-	"github.com/tinevm/tine/internal/snapshot"
-	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
 )
 
 // Fork makes req.N sandboxes. The error is for requests that could not be
 // begun; what became of each child is in its result. A caller who cancels ctx
 // while there are children to come gets none: those that there are end.
-func (m *Manager) Fork(ctx context.Context, req ForkRequest) ([]ForkResult, error) {
-	if err := m.check(req); err != nil {
+func (m *Manager) Fork(ctx context.Context, req ForkRequest) (results []ForkResult, err error) {
+	if err = m.check(req); err != nil {
 		return nil, err
 	}
 	inner, done, err := m.begin(ctx)
@@ -35,11 +35,12 @@ func (m *Manager) Fork(ctx context.Context, req ForkRequest) ([]ForkResult, erro
 	if err != nil {
 		return nil, err
 	}
-	defer o.close()
+	defer func() { err = errors.Join(err, o.close()) }()
 	parked, err := m.reserve(req, o.snap.Digest)
 	if err != nil {
 		return nil, err
 	}
+	m.heat(o, req.N)
 	results, failed := m.forkAll(inner, req, o, parked)
 	abandoned := failed && errors.Is(ctx.Err(), context.Canceled)
 	if failed && (req.AllOrNothing || abandoned) {
@@ -69,7 +70,7 @@ func (m *Manager) check(req ForkRequest) error {
 	case size > maxLabels:
 		return fmt.Errorf("%w: %d bytes of labels, %d allowed", errdef.ErrInvalid, size, maxLabels)
 	}
-	return nil
+	return guest.CheckSecrets(req.secrets().values)
 }
 
 // reserve takes a place for each child: that of a parked fork where there is
@@ -79,7 +80,7 @@ func (m *Manager) reserve(req ForkRequest, digest string) (parked []*box, err er
 	defer m.mu.Unlock()
 	p := m.pools[digest]
 	ready := 0
-	if p != nil && !req.NoPool {
+	if p != nil && !req.NoPool && !req.KeepSecrets && len(req.Secrets) == 0 {
 		ready = min(req.N, len(p.idle))
 	}
 	if err = m.holdLocked(req.N - ready); err != nil || ready == 0 {
@@ -167,7 +168,7 @@ func (m *Manager) forkOne(ctx context.Context, req ForkRequest, o *origin, parke
 			return nil, err
 		}
 		defer leave()
-		if b, err = m.bring(ctx, o); err != nil {
+		if b, err = m.bring(ctx, o, req.secrets()); err != nil {
 			return nil, err
 		}
 	}
@@ -190,7 +191,7 @@ func (b *box) handOut(req ForkRequest, start time.Time) error {
 	r.State = Running
 	r.SnapshotTag = req.Snapshot
 	r.CreatedAt, r.LastActive = now, now
-	r.IdleTTL, r.Labels, r.MemoryLimitMiB = req.IdleTTL, maps.Clone(req.Labels), req.MemoryLimitMiB
+	r.IdleTTL, r.IdleSuspend, r.Labels, r.MemoryLimitMiB = req.IdleTTL, req.IdleSuspend, maps.Clone(req.Labels), req.MemoryLimitMiB
 	if req.Lifetime > 0 {
 		r.ExpiresAt = now.Add(req.Lifetime)
 	}
@@ -199,80 +200,24 @@ func (b *box) handOut(req ForkRequest, start time.Time) error {
 		return err
 	}
 	b.record = r
-	b.recount()
+	b.glance()
 	return nil
 }
 
 // CanFork reports why the snapshot cannot be forked here, or nil if it can.
 func (m *Manager) CanFork(ctx context.Context, ref string) error {
 	o, err := m.origin(ctx, ref)
-	if err == nil {
-		o.close()
-	}
-	return err
-}
-
-// origin is what forks of one snapshot have in common. Until it is closed the
-// snapshot cannot be removed; each machine inherits that.
-type origin struct {
-	snap snapshot.Snapshot
-	root string // path of the root image
-	pin  *os.File
-}
-
-func (o *origin) close() { _ = o.pin.Close() } // only read
-
-// origin finds and pins a snapshot and checks that this engine can restore it.
-func (m *Manager) origin(ctx context.Context, ref string) (_ *origin, err error) {
-	o := &origin{}
-	if o.snap, o.pin, err = m.pin(ref); err != nil {
-		return nil, err
-	}
-	var u undo.Stack
-	defer func() { err = u.Run(err) }()
-	u.Add(o.pin.Close)
-	man := o.snap.Manifest
-	if man.Engine != m.Engine.Name() || man.EngineVersion != m.Engine.Version() {
-		err = fmt.Errorf("%w: snapshot %s was made by %s %s, this is %s %s", errdef.ErrConflict, ref,
-			man.Engine, man.EngineVersion, m.Engine.Name(), m.Engine.Version())
-		return nil, errdef.WithHint(err, "make it again: tine snapshot create --replace "+ref)
-	}
-	img, err := m.Images.Get(man.Image)
-	if err == nil {
-		o.root = img.RootPath()
-		_, err = os.Stat(o.root)
-	}
 	if err != nil {
-		// Not its category: what is missing is not what the caller asked for.
-		return nil, fmt.Errorf("%w: snapshot %s: its image: %s", errdef.ErrConflict, ref, err.Error())
+		return err
 	}
-	if err = m.Snapshots.Verify(ctx, o.snap); err != nil {
-		return nil, err
-	}
-	return o, nil
-}
-
-// pin finds a snapshot and keeps it from being removed. When it goes between
-// the two, its tag may have been given to another.
-func (m *Manager) pin(ref string) (snapshot.Snapshot, *os.File, error) {
-	const tries = 3
-	for try := 1; ; try++ {
-		snap, err := m.Snapshots.Resolve(ref)
-		if err != nil {
-			return snap, nil, err
-		}
-		pin, err := m.Snapshots.Pin(snap)
-		if err == nil || !errors.Is(err, errdef.ErrNotFound) || try == tries {
-			return snap, pin, err
-		}
-	}
+	return o.close()
 }
 
 // bring restores a machine and waits until its guest has confirmed that it is
 // unique. The caller holds a place and has entered; on error the place is
 // given back. The record on disk says Creating until somebody has been given
 // the sandbox.
-func (m *Manager) bring(ctx context.Context, o *origin) (_ *box, err error) {
+func (m *Manager) bring(ctx context.Context, o *origin, s secrets) (_ *box, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, m.Limits.Identity, fmt.Errorf("%w: the guest did not confirm its identity in time", errdef.ErrTimeout))
 	defer cancel()
 	b, err := m.restore(ctx, o)
@@ -283,7 +228,7 @@ func (m *Manager) bring(ctx context.Context, o *origin) (_ *box, err error) {
 	if err = m.admit(b); err != nil {
 		return nil, errors.Join(err, b.destroy())
 	}
-	if err = b.identify(ctx); err != nil {
+	if err = b.identify(ctx, s); err != nil {
 		return nil, errors.Join(err, b.order(context.WithoutCancel(ctx), end))
 	}
 	return b, nil
@@ -293,14 +238,11 @@ func (m *Manager) bring(ctx context.Context, o *origin) (_ *box, err error) {
 func (m *Manager) restore(ctx context.Context, o *origin) (_ *box, err error) {
 	r := m.newRecord(newID())
 	r.SnapshotTag, r.SnapshotDigest, r.Machine = o.snap.Tag, o.snap.Digest, o.snap.Manifest.Machine
+	r.Origin, r.Head = o.snap.Digest, o.snap.Digest
 	if err = r.create(m.Dir, m.self); err != nil {
 		return nil, err
 	}
-	vm, err := m.Engine.Restore(ctx, vmm.RestoreSpec{
-		Common: m.common(r.ID, r.Machine, o.root, o.pin),
-		Memory: o.snap.MemoryPath(),
-		Device: o.snap.DevicePath(),
-	})
+	vm, err := m.raise(ctx, o, r.ID, firstSeat)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(m.dir(r.ID)))
 	}
@@ -308,17 +250,53 @@ func (m *Manager) restore(ctx context.Context, o *origin) (_ *box, err error) {
 	return newBox(m, vm, r), nil
 }
 
+// raise brings a machine up from a snapshot, at a seat of the sandbox id.
+func (m *Manager) raise(ctx context.Context, o *origin, id, seat string) (vmm.VM, error) {
+	common, err := m.common(id, seat, o.snap.Manifest.Machine, o.root)
+	if err != nil {
+		return nil, err
+	}
+	common.Leases = o.pins
+	vm, err := m.Engine.Restore(ctx, vmm.RestoreSpec{
+		Common: common, Memory: o.base.Path, Device: o.snap.DevicePath(), Fill: o.fill,
+	})
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(common.Dir))
+	}
+	return vm, nil
+}
+
 // identify opens the first session, in which the guest becomes unlike all
 // others.
-func (b *box) identify(ctx context.Context) error {
+func (b *box) identify(ctx context.Context, s secrets) error {
 	ctx, cancel := join(ctx, b.ctx)
 	defer cancel()
-	id := guest.NewIdentity(b.id, b.id)
-	c, err := dial(ctx, b.vm, &id)
+	c, err := introduce(ctx, b.machine(), b.id, s)
 	if err != nil {
 		return err
 	}
 	return b.adoptSession(c)
+}
+
+// secrets are what a machine is trusted with from its first session on.
+type secrets struct {
+	values []guest.Secret
+	keep   bool // those of its parent too
+}
+
+func (req *ForkRequest) secrets() secrets {
+	s := secrets{keep: req.KeepSecrets}
+	for _, name := range slices.Sorted(maps.Keys(req.Secrets)) {
+		s.values = append(s.values, guest.Secret{Name: name, Value: []byte(req.Secrets[name])})
+	}
+	return s
+}
+
+// introduce is the first session with a machine of the sandbox id.
+func introduce(ctx context.Context, vm vmm.VM, id string, s secrets) (*guest.Client, error) {
+	who := guest.NewIdentity(id, id)
+	who.Secrets, who.KeepSecrets = s.values, s.keep
+	return dial(ctx, vm, &who)
 }
 
 // kill ends a machine, whatever has happened to the call that started it.
@@ -344,11 +322,20 @@ func (m *Manager) newRecord(id string) record {
 	return r
 }
 
-func (m *Manager) common(id string, shape vmm.Machine, root string, leases ...*os.File) vmm.Common {
-	return vmm.Common{
-		ID: id, Dir: m.dir(id), Machine: shape, Root: root,
-		Leases: leases, DieWithParent: m.Ephemeral,
+// A sandbox has two seats for machines, directories in its own, so that the
+// next one can come up while the last one is still there.
+const (
+	firstSeat  = "0"
+	secondSeat = "1"
+)
+
+// common makes the seat and says what a machine needs that takes it.
+func (m *Manager) common(id, seat string, shape vmm.Machine, root string) (vmm.Common, error) {
+	dir := filepath.Join(m.dir(id), seat)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return vmm.Common{}, fmt.Errorf("make room for a machine: %w", err)
 	}
+	return vmm.Common{ID: id, Dir: dir, Machine: shape, Root: root, DieWithParent: m.Ephemeral}, nil
 }
 
 // A sandbox's id is idPrefix and idDigits letters and digits, 60 random bits:

@@ -398,7 +398,7 @@ func TestDeath(t *testing.T) {
 	ids := fork(t, m, 2)
 	// One call is under way when it happens.
 	err := m.With(t.Context(), ids[0], func(ctx context.Context, c *guest.Client) error {
-		if !w.engine.Crash(m.dir(ids[0]), errors.New("killed by a test")) {
+		if !w.engine.Crash(seatOf(m, ids[0]), errors.New("killed by a test")) {
 			t.Error("nothing to crash")
 		}
 		_, err := c.Run(ctx, guest.ExecSpec{Argv: []string{"/bin/true"}}, nil, 1<<10)

@@ -170,6 +170,9 @@ func sh(t testing.TB, m *Manager, id, line string) string {
 	return strings.TrimSpace(string(res.Stdout))
 }
 
+// seatOf is the directory of a sandbox's first machine.
+func seatOf(m *Manager, id string) string { return filepath.Join(m.dir(id), firstSeat) }
+
 // eventually waits until cond holds.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
@@ -223,7 +226,7 @@ func names(t testing.TB, dir string) (found []string) {
 }
 
 // faulty is an engine whose steps ask before they are done: "start",
-// "restore", "adopt", "dial", "resume", "pause", "freeze", "kill", and "say"
+// "restore", "adopt", "dial", "resume", "pause", "save-device", "freeze", "kill", and "say"
 // for each write to a guest.
 type faulty struct {
 	*fake.Engine
@@ -323,6 +326,13 @@ func (v *faultyVM) Freeze(ctx context.Context, device string) error {
 		return err
 	}
 	return v.VM.Freeze(ctx, device)
+}
+
+func (v *faultyVM) SaveDevice(ctx context.Context, device string) error {
+	if err := v.e.step(ctx, "save-device"); err != nil {
+		return err
+	}
+	return v.VM.SaveDevice(ctx, device)
 }
 
 func (v *faultyVM) Pause(ctx context.Context) error {

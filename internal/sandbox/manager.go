@@ -26,6 +26,7 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/snapshot"
@@ -40,6 +41,8 @@ type Limits struct {
 	Fork int
 	// Starts is how many machines come up at the same time.
 	Starts int
+	// Branches is how many branches are taken or written at the same time.
+	Branches int
 	// Boot bounds the boot of a template, warm-up apart; Identity bounds the
 	// time from a restore to its guest's confirmation.
 	Boot, Identity time.Duration
@@ -53,6 +56,7 @@ func DefaultLimits() Limits {
 		Sandboxes: 1024,
 		Fork:      1000,
 		Starts:    max(2, runtime.NumCPU()), // more would all be late
+		Branches:  4,
 		Boot:      2 * time.Minute,
 		Identity:  time.Minute,
 		Warmup:    5 * time.Minute,
@@ -67,6 +71,9 @@ type Config struct {
 	Engine    vmm.Engine
 	Snapshots *snapshot.Store
 	Images    *image.Store
+	// Freezer makes the copy-on-write twins of live branches. Without a command
+	// there are none.
+	Freezer guestmem.Freezer
 	// Logger may be nil.
 	Logger *slog.Logger
 	Limits Limits
@@ -87,6 +94,7 @@ func (cfg Config) withDefaults() (Config, error) {
 	l, d := &cfg.Limits, DefaultLimits()
 	l.Sandboxes, l.Fork = cmp.Or(l.Sandboxes, d.Sandboxes), cmp.Or(l.Fork, d.Fork)
 	l.Starts = max(cmp.Or(l.Starts, d.Starts), 1)
+	l.Branches = max(cmp.Or(l.Branches, d.Branches), 1)
 	l.Boot, l.Identity = cmp.Or(l.Boot, d.Boot), cmp.Or(l.Identity, d.Identity)
 	l.Warmup = cmp.Or(l.Warmup, d.Warmup)
 	cfg.Machine.MemoryMiB = cmp.Or(cfg.Machine.MemoryMiB, 256)
@@ -103,18 +111,21 @@ func (cfg Config) withDefaults() (Config, error) {
 type Manager struct {
 	Config
 
-	self   process         // the owner of ephemeral sandboxes
-	starts chan struct{}   // a token for each machine that is coming up
-	ctx    context.Context // ends when Close begins
-	stop   context.CancelCauseFunc
-	calls  sync.WaitGroup // what begin has let in, and the fillers of pools
-	lives  sync.WaitGroup // of sandboxes
+	self        process         // the owner of ephemeral sandboxes
+	starts      chan struct{}   // a token for each machine that is coming up
+	branchSlots chan struct{}   // a token for each branch that is under way
+	ctx         context.Context // ends when Close begins
+	stop        context.CancelCauseFunc
+	calls       sync.WaitGroup // what begin has let in, and the fillers of pools
+	lives       sync.WaitGroup // of sandboxes
 
 	// mu may be held while a box's own is taken, never the other way round.
-	mu    sync.Mutex
-	boxes map[string]*box
-	pools map[string]*pool // by snapshot digest
-	held  int              // sandboxes being made or there
+	mu       sync.Mutex
+	boxes    map[string]*box
+	pools    map[string]*pool       // by snapshot digest
+	held     int                    // sandboxes being made or there
+	branches map[string]BranchState // by tag: under way, and failed with nobody told
+	warmth   map[string]int         // by digest: how often a layered snapshot was forked
 }
 
 var errClosed = fmt.Errorf("%w: the daemon is stopping", errdef.ErrUnavailable)
@@ -130,10 +141,14 @@ func NewManager(ctx context.Context, cfg Config) (*Manager, error) {
 		return nil, fmt.Errorf("make sandbox directory: %w", err)
 	}
 	m := &Manager{
-		Config: cfg,
-		starts: make(chan struct{}, cfg.Limits.Starts),
-		boxes:  map[string]*box{},
-		pools:  map[string]*pool{},
+		Config:      cfg,
+		starts:      make(chan struct{}, cfg.Limits.Starts),
+		branchSlots: make(chan struct{}, cfg.Limits.Branches),
+		boxes:       map[string]*box{},
+		pools:       map[string]*pool{},
+
+		branches: map[string]BranchState{},
+		warmth:   map[string]int{},
 	}
 	if m.self, err = thisProcess(); err != nil {
 		return nil, err
@@ -258,7 +273,11 @@ func (m *Manager) Memory(id string) (private, shared int64, err error) {
 	if b.ctx.Err() != nil { // its pid may be another process by now
 		return 0, 0, fmt.Errorf("sandbox %s: %w", id, context.Cause(b.ctx))
 	}
-	use, err := linux.MemoryUse(b.vm.PID())
+	vm := b.machine()
+	if vm == nil {
+		return 0, 0, nil
+	}
+	use, err := linux.MemoryUse(vm.PID())
 	if err != nil {
 		return 0, 0, fmt.Errorf("sandbox %s: %w", id, err)
 	}

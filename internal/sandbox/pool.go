@@ -47,16 +47,20 @@ func (m *Manager) SetPool(ctx context.Context, ref string, n int) error {
 		}
 		return m.endPool(ctx, snap.Digest)
 	}
+	if err = m.flatten(ctx, ref); err != nil {
+		return err
+	}
 	o, err := m.origin(ctx, ref)
 	if err != nil {
 		return err
 	}
-	return endBoxes(ctx, m.resize(o, n))
+	surplus, err := m.resize(o, n)
+	return errors.Join(err, endBoxes(ctx, surplus))
 }
 
 // resize makes a pool of n, of the pool that there is or of a new one, and
 // returns the forks that are too many. It owns o.
-func (m *Manager) resize(o *origin, n int) (surplus []*box) {
+func (m *Manager) resize(o *origin, n int) (surplus []*box, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	p := m.pools[o.snap.Digest]
@@ -66,7 +70,7 @@ func (m *Manager) resize(o *origin, n int) (surplus []*box) {
 		m.pools[o.snap.Digest] = p
 		m.calls.Go(func() { m.fill(p) })
 	} else {
-		o.close()
+		err = o.close()
 	}
 	p.want = n
 	if len(p.idle) > n {
@@ -74,7 +78,7 @@ func (m *Manager) resize(o *origin, n int) (surplus []*box) {
 		p.idle = slices.Delete(p.idle, n, len(p.idle))
 	}
 	p.wake()
-	return surplus
+	return surplus, err
 }
 
 // endPool ends the pool of a snapshot, if there is one.
@@ -151,7 +155,11 @@ const retryFill = 5 * time.Second
 func (m *Manager) fill(p *pool) {
 	defer close(p.over)
 	defer p.stop()
-	defer p.origin.close()
+	defer func() {
+		if err := p.origin.close(); err != nil {
+			m.Logger.Warn("snapshot not let go", "snapshot", p.origin.snap.Digest, "error", err)
+		}
+	}()
 	said := "" // so that a lasting trouble is told of once
 	for p.ctx.Err() == nil {
 		wait := never
@@ -223,7 +231,7 @@ func (m *Manager) park(p *pool) error {
 		return err
 	}
 	defer leave()
-	b, err := m.bring(p.ctx, p.origin)
+	b, err := m.bring(p.ctx, p.origin, secrets{})
 	if err != nil {
 		return err
 	}
@@ -286,7 +294,7 @@ func (b *box) warm(ctx context.Context, languages []string) error {
 	if err := c.SetClock(ctx); err != nil { // the step that wake will ask for
 		return err
 	}
-	return b.vm.Pause(ctx)
+	return b.machine().Pause(ctx)
 }
 
 // bound ends work on a sandbox that nobody has yet with the sandbox, and when
@@ -320,7 +328,7 @@ func (b *box) awake(ctx context.Context) error {
 	// The clock's new value waits at the guest's door when it wakes up.
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return c.SetClock(ctx) })
-	group.Go(func() error { return b.vm.Resume(ctx) })
+	group.Go(func() error { return b.machine().Resume(ctx) })
 	if err = group.Wait(); err != nil {
 		return err
 	}

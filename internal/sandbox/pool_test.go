@@ -144,7 +144,7 @@ func TestParkedForkDies(t *testing.T) {
 	setPool(t, m, 2)
 	eventually(t, "2 parked", func() bool { return ready(m) == 2 })
 	dead := m.all()[0].id
-	if !w.engine.Crash(m.dir(dead), errInjected) {
+	if !w.engine.Crash(seatOf(m, dead), errInjected) {
 		t.Fatal("nothing to crash")
 	}
 	eventually(t, "another in its place", func() bool {
@@ -255,7 +255,7 @@ func TestPlaces(t *testing.T) {
 		r.Repeat(map[string]func(*rapid.T){
 			"fork":  func(r *rapid.T) { tryFork(r, t, m, snap) },
 			"kill":  func(r *rapid.T) { withSome(r, m, func(b *box) { _ = m.Kill(t.Context(), b.id) }) },
-			"crash": func(r *rapid.T) { withSome(r, m, func(b *box) { w.engine.Crash(m.dir(b.id), errInjected) }) },
+			"crash": func(r *rapid.T) { withSome(r, m, func(b *box) { w.engine.Crash(seatOf(m, b.id), errInjected) }) },
 			"pool": func(r *rapid.T) {
 				_ = m.SetPool(t.Context(), snap.Digest, rapid.IntRange(0, 4).Draw(r, "want"))
 			},

@@ -33,6 +33,9 @@ type record struct {
 	Version int `json:"version"`
 	Info
 	Handle vmm.Handle `json:"handle,omitzero"`
+	// Origin is the digest of the snapshot that its machine was raised from:
+	// pages that are not the machine's own have that one's content.
+	Origin string `json:"origin,omitempty"`
 	// Owner is the process whose end is this sandbox's; zero for none.
 	Owner process `json:"owner,omitzero"`
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // recover goes through what earlier processes left. A sandbox whose machine
@@ -45,7 +47,18 @@ func (m *Manager) recover(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("recover sandbox %s: %w", name, err))
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, m.dropOrphans())...)
+}
+
+// dropOrphans gives up what sandboxes were suspended in that are no more.
+func (m *Manager) dropOrphans() error {
+	names, err := m.Snapshots.HeldNames()
+	for _, id := range names {
+		if _, statErr := os.Lstat(m.dir(id)); isID(id) && errors.Is(statErr, fs.ErrNotExist) {
+			err = errors.Join(err, m.dropHeld(id))
+		}
+	}
+	return err
 }
 
 func (m *Manager) recoverOne(ctx context.Context, id string, machines []process) error {
@@ -72,28 +85,24 @@ func (m *Manager) recoverOne(ctx context.Context, id string, machines []process)
 	case r.State == Creating:
 		return m.clear(id, machines)
 	}
-	m.adopt(ctx, r)
-	return nil
+	return m.adopt(ctx, r, machines)
 }
 
 // adopt lists a sandbox again, with its machine if that still runs. It takes
-// a place even where there is none: limits are for what is to come.
-func (m *Manager) adopt(ctx context.Context, r record) {
-	vm, err := m.Engine.Adopt(ctx, r.Handle)
-	switch {
-	case err == nil:
-		r.State, r.Reason = Running, ""
-	case r.State == Dead:
-	case r.Engine != m.Engine.Name():
-		r.State, r.Reason = Dead, fmt.Sprintf("it runs on %s, and the daemon now uses %s", r.Engine, m.Engine.Name())
-	case errors.Is(err, errdef.ErrNotFound):
-		r.State, r.Reason = Dead, "its machine ended while no daemon ran"
-	default:
-		r.State, r.Reason = Dead, "its machine could not be adopted: "+err.Error()
+// a place even where there is none: limits are for what is to come. A machine
+// that its record does not name is what a change of machines left behind.
+func (m *Manager) adopt(ctx context.Context, r record, machines []process) error {
+	strays := slices.DeleteFunc(machines, func(p process) bool {
+		return p.PID == r.Handle.PID && p.StartTime == r.Handle.StartTime
+	})
+	err := endAll(strays)
+	if r.State != Suspended {
+		err = errors.Join(err, m.dropHeld(r.ID)) // the suspension was cut off, or is over
 	}
 	if err != nil {
-		vm = nil // not an interface that holds nil
+		return err
 	}
+	vm := m.takeOver(ctx, &r)
 	r.LastActive = time.Now() // its clients could not use it
 	m.Logger.InfoContext(ctx, "sandbox adopted", "sandbox", r.ID, "state", r.State, "pid", r.PID)
 	b := newBox(m, vm, r)
@@ -102,11 +111,43 @@ func (m *Manager) adopt(ctx context.Context, r record) {
 	m.boxes[b.id] = b
 	m.lives.Go(b.live)
 	m.mu.Unlock()
+	return nil
+}
+
+// takeOver adopts the machine of a sandbox, if there is one, and puts into the
+// record how that went. A machine that was paused for a branch that was cut
+// off runs on.
+func (m *Manager) takeOver(ctx context.Context, r *record) vmm.VM {
+	if r.State == Suspended {
+		return nil
+	}
+	vm, err := m.Engine.Adopt(ctx, r.Handle)
+	if err == nil {
+		if err = vm.Resume(ctx); err != nil {
+			err = errors.Join(err, m.kill(vm))
+		}
+	}
+	switch {
+	case err == nil:
+		r.State, r.Reason = Running, ""
+		return vm
+	case r.State == Dead:
+	case r.Engine != m.Engine.Name():
+		r.State, r.Reason = Dead, fmt.Sprintf("it runs on %s, and the daemon now uses %s", r.Engine, m.Engine.Name())
+	case errors.Is(err, errdef.ErrNotFound):
+		r.State, r.Reason = Dead, "its machine ended while no daemon ran"
+	default:
+		r.State, r.Reason = Dead, "its machine could not be adopted: "+err.Error()
+	}
+	return nil
 }
 
 // clear kills whatever runs in the directory of sandbox id and removes it.
 func (m *Manager) clear(id string, machines []process) error {
 	if err := endAll(machines); err != nil {
+		return err
+	}
+	if err := m.dropHeld(id); err != nil {
 		return err
 	}
 	m.Logger.Info("sandbox cleared", "sandbox", id, "processes", len(machines))

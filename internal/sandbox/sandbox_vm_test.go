@@ -20,6 +20,7 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
+	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/vmtest"
@@ -44,6 +45,7 @@ func openLab(t *testing.T, dir string, ephemeral bool) *lab {
 	store, _ := vmtest.Snapshot(t)
 	m, err := sandbox.NewManager(within(t, time.Minute), sandbox.Config{
 		Dir: dir, Engine: vmtest.Engine(t), Snapshots: store, Images: vmtest.Images(t), Ephemeral: ephemeral,
+		Freezer: guestmem.Freezer{Command: []string{vmtest.Program(t, "tine"), "role", "twin"}},
 	})
 	if err != nil {
 		t.Fatal(err)

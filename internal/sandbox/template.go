@@ -178,8 +178,12 @@ func (t *template) boot(ctx context.Context, id string) error {
 	defer cancel()
 	progress.Report(ctx, "boot", "booting the template")
 	start := time.Now()
+	common, err := t.m.common(id, firstSeat, t.shape, t.img.RootPath())
+	if err != nil {
+		return err
+	}
 	spec := vmm.StartSpec{
-		Common: t.m.common(id, t.shape, t.img.RootPath()),
+		Common: common,
 		Boot:   vmm.Boot{Kernel: t.img.KernelPath(), Initrd: t.img.InitrdPath()},
 		Memory: t.stage.MemoryPath(),
 	}

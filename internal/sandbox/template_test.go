@@ -150,7 +150,7 @@ func TestTemplateDies(t *testing.T) {
 	m := w.manager(t)
 	w.engine.onStep(failOnce("say", 2, func(context.Context) error {
 		for _, name := range names(t, m.Dir) {
-			go w.engine.Crash(m.dir(name), errors.New("killed by a test"))
+			go w.engine.Crash(seatOf(m, name), errors.New("killed by a test"))
 		}
 		return nil
 	}))

@@ -1,0 +1,123 @@
+//go:build vm
+
+package sandbox_test
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/vmtest"
+)
+
+//go:embed testdata/witness.py
+var witness string
+
+// sighting is what the witness saw of its machine.
+type sighting struct {
+	Count  int     `json:"count"`
+	Bad    [][]int `json:"bad"`
+	Places []int   `json:"places"`
+	GapMS  float64 `json:"gap_ms"`
+	Random string  `json:"random"`
+	Clock  float64 `json:"clock"`
+}
+
+// consistent checks that all that was seen belongs to one instant.
+func (s *sighting) consistent(t *testing.T, who string) {
+	t.Helper()
+	if s.Count == 0 || len(s.Bad) > 0 {
+		t.Errorf("%s: at count %d pages are wrong: %v", who, s.Count, s.Bad)
+	}
+	before := s.Count
+	for i, place := range s.Places {
+		if place > before || s.Count-place >= 128 {
+			t.Errorf("%s: at count %d place %d has %d, after %d", who, s.Count, i, place, before)
+		}
+		before = place
+	}
+	if late := time.Since(time.UnixMilli(int64(s.Clock * 1000))); late.Abs() > 30*time.Second {
+		t.Errorf("%s: its clock is off by %s", who, late)
+	}
+}
+
+// testify starts the witness with so many MiB.
+func (l *lab) testify(t *testing.T, id string, mib int) {
+	t.Helper()
+	l.sh(t, id, fmt.Sprintf("cat > /root/witness.py <<'END'\n%s\nEND\nsetsid python3 /root/witness.py %d > /root/log 2>&1 < /dev/null & echo $! > /root/pid\n"+
+		"until grep -q counting /root/log; do sleep 0.1; done", witness, mib))
+}
+
+// ask has the witness look.
+func (l *lab) ask(t *testing.T, id string) sighting {
+	t.Helper()
+	text := l.sh(t, id, "rm -f /tmp/report; kill -USR1 $(cat /root/pid); for i in $(seq 600); do test -e /tmp/report && break; sleep 0.05; done; cat /tmp/report /root/log")
+	var s sighting
+	if err := json.NewDecoder(strings.NewReader(text)).Decode(&s); err != nil {
+		t.Fatalf("%s: %v: %q", id, err, text)
+	}
+	return s
+}
+
+// branch makes a branch that goes with the test.
+func (l *lab) branch(t *testing.T, store *snapshot.Store, id string, mode sandbox.Mode) snapshot.Snapshot {
+	t.Helper()
+	snap, err := l.Branch(within(t, time.Minute), id, sandbox.BranchRequest{Mode: mode})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := store.Remove(context.WithoutCancel(t.Context()), snap.Tag); err != nil {
+			t.Error(err)
+		}
+	})
+	return snap
+}
+
+// branches is how many branches TestVMBranches takes.
+const branches = 12
+
+// TestVMBranches branches a machine that writes as fast as it can, in all
+// modes, and has a fork of each branch say whether it is of one instant.
+func TestVMBranches(t *testing.T) {
+	l := newLab(t)
+	store, _ := vmtest.Snapshot(t)
+	source := l.fork(t, 1)[0]
+	l.testify(t, source, 64)
+	modes := []sandbox.Mode{sandbox.Live, sandbox.Diff, sandbox.Full}
+	var seen []string
+	last := 0
+	for i := range branches {
+		mode := modes[i%len(modes)]
+		snap := l.branch(t, store, source, mode)
+		if snap.Mode != string(mode) {
+			t.Errorf("mode %s: %s", snap.Mode, snap.Warning)
+		}
+		here := l.ask(t, source)
+		here.consistent(t, "source")
+		kid := l.fork(t, 1, func(req *sandbox.ForkRequest) { req.Snapshot = snap.Tag })[0]
+		there := l.ask(t, kid)
+		there.consistent(t, snap.Tag)
+		if there.Count <= last || here.Count <= last {
+			t.Errorf("%s: counts %d and %d after %d", snap.Tag, there.Count, here.Count, last)
+		}
+		last = min(there.Count, here.Count)
+		if slices.Contains(seen, there.Random) {
+			t.Errorf("%s: its random numbers were seen before", snap.Tag)
+		}
+		seen = append(seen, there.Random, here.Random)
+		t.Logf("%-4s depth %d: paused %.1f ms, longest gap seen inside %.1f ms, copied in %d ms, %.1f MiB on disk",
+			mode, snap.Depth, snap.PauseMS, here.GapMS, snap.DiffMS, float64(snap.DiffPhysicalBytes)/(1<<20))
+		if err := l.Kill(within(t, time.Minute), kid); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
