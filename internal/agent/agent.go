@@ -24,7 +24,7 @@ import (
 )
 
 // Version is the agent's own version, said in HelloAck and Pong.
-const Version = "0.1.0"
+const Version = "0.2.0"
 
 // Config says where the agent runs and what it may touch.
 type Config struct {

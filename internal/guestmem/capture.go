@@ -30,39 +30,41 @@ type Source interface {
 
 // Copy is what a process's private pages were when Space.Copy took them.
 type Copy struct {
-	mem  []byte
-	runs []pageRun
-	at   []uint64 // of each run: its first page in mem
+	mem   []byte
+	runs  []pageRun
+	at    []uint64 // of each run: its first page in mem
+	pages uint64
 }
 
-func newCopy(runs []pageRun) (*Copy, error) {
-	c := &Copy{runs: runs, at: make([]uint64, len(runs))}
-	var pages uint64
-	for i, r := range runs {
-		c.at[i] = pages
-		pages += r.count
-	}
-	if pages == 0 {
-		return c, nil
-	}
-	mem, err := unix.Mmap(-1, 0, int(pages*PageSize), unix.PROT_READ|unix.PROT_WRITE,
+// newCopy maps memory for as many pages as there may be. Only what is written
+// to takes memory.
+func newCopy(size uint64) (*Copy, error) {
+	mem, err := unix.Mmap(-1, 0, int(size), unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if errors.Is(err, unix.ENOMEM) {
-		return nil, fmt.Errorf("%w: memory for %d pages: %w", errdef.ErrExhausted, pages, err)
+		return nil, fmt.Errorf("%w: room for %d bytes: %w", errdef.ErrExhausted, size, err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("map memory for %d pages: %w", pages, err)
+		return nil, fmt.Errorf("map %d bytes: %w", size, err)
 	}
 	// Without huge pages, faults cost more than the copying. It may be refused.
 	_ = unix.Madvise(mem, unix.MADV_HUGEPAGE)
-	c.mem = mem
-	return c, nil
+	return &Copy{mem: mem}, nil
+}
+
+// place gives each run its place.
+func (c *Copy) place(runs []pageRun) {
+	c.runs, c.at, c.pages = runs, make([]uint64, len(runs)), 0
+	for i, r := range runs {
+		c.at[i] = c.pages
+		c.pages += r.count
+	}
 }
 
 // Close frees the memory. Nothing may be reading from c.
 func (c *Copy) Close() error {
 	mem := c.mem
-	c.mem, c.runs, c.at = nil, nil, nil
+	c.mem, c.runs, c.at, c.pages = nil, nil, nil, 0
 	if mem == nil {
 		return nil
 	}
@@ -83,7 +85,7 @@ func (c *Copy) Private(yield func(first, count uint64) bool) error {
 }
 
 // Pages returns how many pages were copied.
-func (c *Copy) Pages() uint64 { return uint64(len(c.mem)) / PageSize }
+func (c *Copy) Pages() uint64 { return c.pages }
 
 // ReadAt reads from pages that were copied; others are errdef.ErrInvalid.
 func (c *Copy) ReadAt(p []byte, off int64) (int, error) {

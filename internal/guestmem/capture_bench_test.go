@@ -1,7 +1,9 @@
 package guestmem
 
 import (
+	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -20,6 +22,26 @@ func BenchmarkCopy(b *testing.B) {
 				b.SetBytes(int64(mib << 20))
 				for b.Loop() {
 					held, err := c.space.Copy(b.Context())
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.StopTimer()
+					if err := held.Close(); err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+				}
+			})
+			b.Run("reserved", func(b *testing.B) {
+				b.SetBytes(int64(mib << 20))
+				for b.Loop() {
+					b.StopTimer()
+					room, err := c.space.Reserve(b.Context())
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.StartTimer()
+					held, err := room.Copy(b.Context())
 					if err != nil {
 						b.Fatal(err)
 					}
@@ -95,6 +117,47 @@ func BenchmarkTwin(b *testing.B) {
 					b.Fatal(err)
 				}
 				b.StartTimer()
+			}
+		})
+	}
+}
+
+// BenchmarkSave is what goes on beside the machine that has been resumed: from
+// a copy, from a twin, and from a twin whose pages are scattered.
+func BenchmarkSave(b *testing.B) {
+	const pages = 200 << 20 / PageSize
+	c := startMachine(b, roleMachine, pages)
+	c.tell("dirtyall")
+	img := openImage(b, c.path)
+	held, err := c.space.Copy(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer held.Close()
+	sparse := startMachine(b, roleMachine, pages)
+	var fields []string
+	for p := 0; p < pages; p += 10 {
+		fields = append(fields, strconv.Itoa(p))
+		if len(fields) == 1000 {
+			sparse.tell("dirty %s", strings.Join(fields, " "))
+			fields = nil
+		}
+	}
+	for name, tt := range map[string]struct {
+		src Source
+		img *Image
+	}{"copy": {held, img}, "space": {c.space, img}, "scattered": {sparse.space, openImage(b, sparse.path)}} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(countPrivate(b, tt.src) * PageSize))
+			for b.Loop() {
+				w := newWriter(b, tt.img.Size())
+				if err := Save(b.Context(), tt.src, tt.img, tt.img, w); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := w.Close(); err != nil {
+					b.Fatal(err)
+				}
+				_ = os.Remove(w.f.Name())
 			}
 		})
 	}

@@ -235,6 +235,34 @@ func TestCopy(t *testing.T) {
 	}
 }
 
+// A reservation that turns out too small is none the worse for it, and is used
+// once.
+func TestReserve(t *testing.T) {
+	t.Parallel()
+	c := startMachine(t, roleMachine, 3000)
+	c.tell("dirty 7")
+	room, err := c.space.Reserve(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.tell("dirtyall")
+	held, err := room.Copy(t.Context())
+	if err != nil || held.Pages() != 3000 || !bytes.Equal(c.memory(), c.read(held)) {
+		t.Fatalf("copy differs: %v", err)
+	}
+	if _, err = room.Copy(t.Context()); !errors.Is(err, errdef.ErrConflict) {
+		t.Errorf("used twice: %v", err)
+	}
+	if err = errors.Join(room.Close(), held.Close()); err != nil {
+		t.Error(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err = c.space.Reserve(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
 // What one machine has saved, another one is filled with.
 func TestSaveAndFill(t *testing.T) {
 	t.Parallel()

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/linux"
 )
@@ -154,22 +156,98 @@ func (s Space) Fill(ctx context.Context, img *Image) error {
 
 // Copy copies the private pages into memory of this process. The process must
 // not run meanwhile; it may once Copy has returned.
-func (s Space) Copy(ctx context.Context) (c *Copy, err error) {
-	runs, err := privateRuns(s)
+func (s Space) Copy(ctx context.Context) (*Copy, error) {
+	r, err := s.reserve()
 	if err != nil {
 		return nil, err
 	}
-	c, err = newCopy(runs)
+	c, err := r.Copy(ctx)
+	return c, errors.Join(err, r.Close())
+}
+
+// Reserve makes room for a copy while the process still runs, so that Copy need
+// not wait for memory: that takes longer than the copying.
+func (s Space) Reserve(ctx context.Context) (*Reservation, error) {
+	r, err := s.reserve()
 	if err != nil {
-		return nil, fmt.Errorf("copy memory of process %d: %w", s.PID, err)
+		return nil, err
 	}
+	runs, err := privateRuns(s)
+	if err == nil {
+		err = r.populate(ctx, runs)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("reserve memory for process %d: %w", s.PID, err), r.Close())
+	}
+	return r, nil
+}
+
+// Reservation is room for a copy of a process's private pages, however many
+// they become.
+type Reservation struct {
+	space Space
+	room  *Copy // nil once it is handed out
+}
+
+func (s Space) reserve() (*Reservation, error) {
+	var size uint64
+	for _, m := range s.Ranges {
+		size += m.End - m.Start
+	}
+	room, err := newCopy(size)
+	if err != nil {
+		return nil, fmt.Errorf("reserve memory for process %d: %w", s.PID, err)
+	}
+	return &Reservation{space: s, room: room}, nil
+}
+
+// populate has the kernel find memory for the pages that there are now, and
+// some for those that are written until the process stops.
+func (r *Reservation) populate(ctx context.Context, runs []pageRun) error {
+	var pages uint64
+	for _, run := range runs {
+		pages += run.count
+	}
+	pages = min(pages+pages/16+copyBatchPages/4, uint64(len(r.room.mem))/PageSize)
+	return parallel(ctx, split([]pageRun{{0, pages}}, copyBatchPages), func() func(batch) error {
+		return func(b batch) error {
+			// It may be refused, and before Linux 5.14 there is no such thing.
+			_ = unix.Madvise(r.room.mem[b.at*PageSize:][:b.pages*PageSize], unix.MADV_POPULATE_WRITE)
+			return nil
+		}
+	})
+}
+
+// Copy is Space.Copy, and uses the reservation up. The process must not run
+// meanwhile.
+func (r *Reservation) Copy(ctx context.Context) (*Copy, error) {
+	c := r.room
+	if c == nil {
+		return nil, fmt.Errorf("%w: room for process %d was used before", errdef.ErrConflict, r.space.PID)
+	}
+	runs, err := privateRuns(r.space)
+	if err != nil {
+		return nil, err
+	}
+	c.place(runs)
 	err = parallel(ctx, split(runs, copyBatchPages), func() func(batch) error {
 		return func(b batch) error {
-			return s.readRuns(c.mem[b.at*PageSize:][:b.pages*PageSize], b.runs)
+			return r.space.readRuns(c.mem[b.at*PageSize:][:b.pages*PageSize], b.runs)
 		}
 	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("copy memory of process %d: %w", s.PID, err), c.Close())
+		return nil, fmt.Errorf("copy memory of process %d: %w", r.space.PID, err)
 	}
+	r.room = nil
 	return c, nil
+}
+
+// Close frees the room, if Copy has not handed it out.
+func (r *Reservation) Close() error {
+	room := r.room
+	r.room = nil
+	if room == nil {
+		return nil
+	}
+	return room.Close()
 }

@@ -132,8 +132,16 @@ func startHelper(ctx context.Context, command []string) (*helper, error) {
 
 // ask writes a line and reads the answer.
 func (h *helper) ask(ctx context.Context, line []byte) (twin int, err error) {
-	stop := context.AfterFunc(ctx, func() { _ = h.stdout.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
+	gaveUp := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		_ = h.stdout.SetReadDeadline(time.Unix(1, 0)) // a pipe has deadlines
+		close(gaveUp)
+	})
+	defer func() {
+		if !stop() {
+			<-gaveUp // close sets the deadline again
+		}
+	}()
 	if _, err = h.stdin.Write(line); err != nil {
 		return 0, helperGone(err)
 	}

@@ -265,7 +265,7 @@ func FuzzTwinRequest(f *testing.F) {
 	})
 }
 
-func countPrivate(t *testing.T, src Source) (n uint64) {
+func countPrivate(t testing.TB, src Source) (n uint64) {
 	t.Helper()
 	if err := src.Private(func(_, count uint64) bool { n += count; return true }); err != nil {
 		t.Fatal(err)
