@@ -32,7 +32,7 @@ var mayImport = map[string][]string{
 	// Tier 1: mechanisms, which know nothing of sandboxes.
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
-	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
+	"internal/guestmem": {"internal/durable", "internal/errdef", "internal/linux", "internal/undo"},
 	"internal/image":    {"internal/durable", "internal/errdef", "internal/progress"},
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
@@ -45,6 +45,7 @@ var mayImport = map[string][]string{
 		"internal/durable", "internal/errdef", "internal/guest", "internal/guestmem", "internal/guestproto",
 		"internal/image", "internal/linux", "internal/progress", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
+	"internal/workspace": {"internal/durable", "internal/errdef", "internal/sandbox"},
 
 	// Tier 3: delivery.
 	"client": {"internal/errdef", "internal/wire"},
@@ -82,8 +83,10 @@ var mayImport = map[string][]string{
 		"internal/agent", "internal/api", "internal/errdef", "internal/guest", "internal/image",
 		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire",
 	},
-	"internal/vmm/fake":    {"internal/agent", "internal/errdef", "internal/undo", "internal/vmm"},
-	"internal/vmm/vmmtest": {"internal/errdef", "internal/guest", "internal/vmm"},
+	"internal/vmm/fake": {
+		"internal/agent", "internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm",
+	},
+	"internal/vmm/vmmtest": {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
 	"internal/vmtest": {
 		"internal/durable", "internal/image", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/qemu",
 	},
@@ -98,16 +101,18 @@ var onlyForTests = []string{"internal/api/apitest", "internal/vmm/fake", "intern
 var testsMayImport = map[string][]string{
 	"client":           {"internal/api"},
 	"cmd/tine":         {"internal/linux"},
-	"internal/agent":   {"internal/guest"},
+	"internal/agent":   {"internal/guest", "internal/vmm"},
 	"internal/bench":   {"internal/vmm/qemu"},
 	"internal/guest":   {"internal/agent"},
 	"internal/sandbox": {"internal/vmm/qemu"},
+
+	"internal/vmm/qemu": {"internal/guest"},
 }
 
 // plain are the packages that use no other module than x/sys: leaves that
 // everything stands on, and what goes into the guest.
 var plain = []string{
-	"cmd/tine-agent", "internal/agent", "internal/durable", "internal/errdef", "internal/guest", "internal/guestmem",
+	"cmd/tine-agent", "internal/agent", "internal/durable", "internal/errdef", "internal/guest",
 	"internal/guestproto", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
 }
 

@@ -148,7 +148,10 @@ func (w *branching) take(ctx context.Context) error {
 	progress.Report(ctx, "branch", "preparing")
 	w.c = w.m.newCapture(vm, w.stage, w.req.Mode)
 	w.c.facts.BranchedFrom, w.c.facts.Auto = b.id, w.auto
-	if err = w.c.prepare(ctx, r.Origin, r.Head); err != nil {
+	if err = w.c.prepare(r.Origin, r.Head); err != nil {
+		return err
+	}
+	if err = w.c.arm(ctx); err != nil {
 		return err
 	}
 	b.quiesce(ctx)
@@ -190,7 +193,24 @@ func (w *branching) finish(ctx context.Context) (snap snapshot.Snapshot, err err
 		return snapshot.Snapshot{}, err
 	}
 	w.b.branched(snap.Digest)
+	if w.auto {
+		w.m.prune(ctx)
+	}
 	return snap, nil
+}
+
+// prune removes the branches that are too many of those that nobody named.
+func (m *Manager) prune(ctx context.Context) {
+	if m.KeepBranches <= 0 {
+		return
+	}
+	removed, _, err := m.Snapshots.Prune(ctx, snapshot.PrunePolicy{KeepLast: m.KeepBranches})
+	if err != nil { // the branch is there; the next one prunes again
+		m.Logger.WarnContext(ctx, "branches not pruned", "error", err)
+	}
+	for _, tag := range removed {
+		m.Logger.InfoContext(ctx, "branch pruned", "snapshot", tag)
+	}
 }
 
 // copyHeld gives what the sandbox is suspended in the tag.

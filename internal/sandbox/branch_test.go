@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/snapshot"
@@ -231,6 +234,155 @@ func TestBranchThatNobodyWaitsFor(t *testing.T) {
 	}
 	eventually(t, "the branch", func() bool { s, err := w.snaps.Resolve("b"); return err == nil && s.BranchedFrom == id })
 	eventually(t, "its end", func() bool { return len(m.Branches()) == 0 })
+	w.sound(t)
+}
+
+func TestOldBranchesArePruned(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	m := w.manager(t, func(cfg *Config) { cfg.KeepBranches = 2 })
+	w.template(t, m)
+	id := fork(t, m, 1)[0]
+	branch(t, m, id, BranchRequest{Tag: "named"})
+	var tags []string
+	for i := range 4 {
+		sh(t, m, id, fmt.Sprintf("echo %d > at", i))
+		tags = append(tags, branch(t, m, id, BranchRequest{}).Tag)
+	}
+	all, err := w.snaps.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	for _, snap := range all {
+		left = append(left, snap.Tag)
+	}
+	slices.Sort(tags[2:])
+	if diff := cmp.Diff(append(tags[2:], "named", "py"), left); diff != "" {
+		t.Error(diff)
+	}
+	if got := sh(t, m, fork(t, m, 1, from(tags[3]))[0], "cat at"); got != "3" {
+		t.Errorf("the last one, whose parents were pruned: %q", got)
+	}
+	w.sound(t)
+}
+
+// TestBranchedAgainAndAgain: there is no end to it, and chains stay short.
+func TestBranchedAgainAndAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	m := w.manager(t)
+	w.template(t, m)
+	id := fork(t, m, 1)[0]
+	deepest := 0
+	for i := range 2*maxLineage + 3 {
+		sh(t, m, id, fmt.Sprintf("echo %d > at", i))
+		snap := branch(t, m, id, BranchRequest{})
+		deepest = max(deepest, snap.Depth)
+	}
+	if deepest > maxLineage {
+		t.Errorf("a branch has %d layers", deepest)
+	}
+	last := branch(t, m, id, BranchRequest{})
+	if got := sh(t, m, fork(t, m, 1, from(last.Tag))[0], "cat at"); got != fmt.Sprint(2*maxLineage+2) {
+		t.Errorf("the last one: %q", got)
+	}
+	w.sound(t)
+}
+
+// TestBranchThatFailsLate: its caller has gone, and can still learn of it.
+func TestBranchThatFailsLate(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	m := w.manager(t)
+	w.template(t, m)
+	id := fork(t, m, 1)[0]
+	w.engine.onStep(func(_ context.Context, at string) error {
+		if at == "resume" { // where the layer is to be written there is something else by now
+			return os.Mkdir(filepath.Join(w.dir, "snapshots", "staging", "b", "layer"), 0o700)
+		}
+		return nil
+	})
+	branch(t, m, id, BranchRequest{Tag: "b", NoWait: true})
+	w.engine.onStep(nil)
+	eventually(t, "the failure", func() bool { all := m.Branches(); return len(all) == 1 && all[0].Err != nil })
+	if state := m.Branches()[0]; state.Tag != "b" || state.Sandbox != id {
+		t.Errorf("state: %+v", state)
+	}
+	w.sound(t)
+	ping(t, m, id)
+	if info, err := m.Get(id); err != nil || info.Branches != 0 {
+		t.Errorf("source: %+v, %v", info, err)
+	}
+	if !m.ForgetBranch("b") || m.ForgetBranch("b") || len(m.Branches()) != 0 {
+		t.Error("it cannot be forgotten once")
+	}
+	branch(t, m, id, BranchRequest{Tag: "b"})
+}
+
+// TestBranchesSideBySide: of one sandbox and of several, in all modes, while
+// earlier ones are being written.
+func TestBranchesSideBySide(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	m := w.manager(t, func(cfg *Config) { cfg.Limits.Branches = 64 })
+	w.template(t, m)
+	modes := []Mode{Live, Diff, Full}
+	var group errgroup.Group
+	for _, id := range fork(t, m, 3) {
+		sh(t, m, id, "echo "+id+" > at")
+		for i := range 4 {
+			tag := fmt.Sprintf("%s-%d", id, i)
+			group.Go(func() error {
+				_, err := m.Branch(t.Context(), id, BranchRequest{Tag: tag, Mode: modes[i%3], NoWait: i%2 == 0})
+				return err
+			})
+		}
+	}
+	if err := group.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all to be written", func() bool { return len(m.Branches()) == 0 })
+	all, err := w.snaps.List()
+	if err != nil || len(all) != 13 {
+		t.Fatalf("%d snapshots, %v", len(all), err)
+	}
+	for _, snap := range all {
+		if snap.Tag == "py" {
+			continue
+		}
+		if got := sh(t, m, fork(t, m, 1, from(snap.Tag))[0], "cat at"); got != snap.BranchedFrom {
+			t.Errorf("%s is of %s, and has %q", snap.Tag, snap.BranchedFrom, got)
+		}
+	}
+	w.sound(t)
+}
+
+// TestBranchOfAForkFromAPool: what it did while it was parked is in its branch.
+func TestBranchOfAForkFromAPool(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	m := w.manager(t)
+	w.template(t, m)
+	id := fork(t, m, 1)[0]
+	sh(t, m, id, "echo base > base")
+	branch(t, m, id, BranchRequest{Tag: "b"})
+	if err := m.SetPool(t.Context(), "b", 1); err != nil { // which flattens it
+		t.Fatal(err)
+	}
+	eventually(t, "a parked fork", func() bool { ready, _ := m.Pool("b"); return ready == 1 })
+	kid := fork(t, m, 1, from("b"))[0]
+	if info, err := m.Get(kid); err != nil || !info.FromPool {
+		t.Errorf("not from the pool: %+v, %v", info, err)
+	}
+	sh(t, m, kid, "echo kid > kid")
+	branch(t, m, kid, BranchRequest{Tag: "c"})
+	if got := sh(t, m, fork(t, m, 1, from("c"))[0], "cat state base kid"); got != "warm\nbase\nkid" {
+		t.Errorf("its branch: %q", got)
+	}
+	if err := m.SetPool(t.Context(), "b", 0); err != nil {
+		t.Error(err)
+	}
 	w.sound(t)
 }
 

@@ -121,3 +121,53 @@ func TestVMBranches(t *testing.T) {
 	}
 }
 
+// TestVMRollbackAndSuspend takes a counting machine to a node and back, and to
+// the disk and back: each time it goes on from where it was.
+func TestVMRollbackAndSuspend(t *testing.T) {
+	l := newLab(t)
+	store, _ := vmtest.Snapshot(t)
+	id := l.fork(t, 1)[0]
+	l.testify(t, id, 16)
+	node := l.branch(t, store, id, sandbox.Live)
+	l.sh(t, id, "echo later > /root/later; rm /root/witness.py")
+	now := l.ask(t, id)
+
+	d, err := l.Diff(within(t, time.Minute), node.Tag, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []sandbox.DiffEntry{{Path: "/root/later", Change: "added", After: 6}} {
+		if !slices.Contains(d.Files, want) {
+			t.Errorf("diff lacks %+v: %+v", want, d.Files)
+		}
+	}
+	if !slices.ContainsFunc(d.Files, func(e sandbox.DiffEntry) bool { return e.Path == "/root/witness.py" && e.Change == "removed" }) {
+		t.Errorf("diff lacks what was removed: %+v", d.Files)
+	}
+	if d.Pages < 4096 || d.Pages > d.TotalPages/2 {
+		t.Errorf("%d of %d pages differ, and 4096 or more were written", d.Pages, d.TotalPages)
+	}
+
+	if _, err = l.Rollback(within(t, time.Minute), id, node.Tag); err != nil {
+		t.Fatal(err)
+	}
+	back := l.ask(t, id)
+	back.consistent(t, "rolled back")
+	l.sh(t, id, "test -e /root/witness.py && test ! -e /root/later")
+
+	for range 2 {
+		if _, err = l.Suspend(within(t, time.Minute), id); err != nil {
+			t.Fatal(err)
+		}
+		if pids := l.processes(t); len(pids) > 0 {
+			t.Errorf("processes of a suspended sandbox: %v", pids)
+		}
+		again := l.ask(t, id) // which resumes it
+		again.consistent(t, "resumed")
+		if again.Count <= back.Count || again.Random == back.Random {
+			t.Errorf("resumed at count %d after %d", again.Count, back.Count)
+		}
+		back = again
+	}
+	t.Logf("counts: %d at the node and on, %d in the end", now.Count, back.Count)
+}

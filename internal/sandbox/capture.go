@@ -29,13 +29,16 @@ type capture struct {
 	parent snapshot.Snapshot // what the layer is relative to; of Full only what it follows
 	images map[string]*guestmem.Image
 	space  guestmem.Space
-	twin   *guestmem.Pending // prepared; only for Live
-	source guestmem.Source   // the memory of the instant
-	u      undo.Stack        // of all that close gives back
+	u      undo.Stack // of all that close gives back
+
+	twin   *guestmem.Pending     // for Live: ready to be made
+	room   *guestmem.Reservation // for Diff and Full: room for a copy
+	source guestmem.Source       // the memory of the instant
+	memory undo.Stack            // of what source holds
 }
 
 // close gives back all but the stage.
-func (c *capture) close() error { return c.u.Close() }
+func (c *capture) close() error { return errors.Join(c.memory.Close(), c.u.Close()) }
 
 func (m *Manager) newCapture(vm vmm.VM, stage *snapshot.Stage, mode Mode) *capture {
 	return &capture{m: m, vm: vm, stage: stage, mode: mode, images: map[string]*guestmem.Image{}}
@@ -47,7 +50,7 @@ func (m *Manager) newCapture(vm vmm.VM, stage *snapshot.Stage, mode Mode) *captu
 const maxLineage = 32
 
 // prepare does all that can be done while the machine still runs.
-func (c *capture) prepare(ctx context.Context, originDigest, head string) (err error) {
+func (c *capture) prepare(originDigest, head string) (err error) {
 	if c.space, err = c.vm.Memory(); err != nil {
 		return err
 	}
@@ -63,15 +66,24 @@ func (c *capture) prepare(ctx context.Context, originDigest, head string) (err e
 			return err
 		}
 	}
-	if err = c.room(); err != nil || c.mode != Live {
-		return err
+	return c.checkDisk()
+}
+
+// arm makes ready for the instant whatever takes time.
+func (c *capture) arm(ctx context.Context) (err error) {
+	if c.mode == Live {
+		c.twin, err = c.m.Freezer.Prepare(ctx, c.space)
+		if err == nil {
+			c.memory.Add(c.twin.Close)
+			return nil
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		c.noTwin(err)
 	}
-	c.twin, err = c.m.Freezer.Prepare(ctx, c.space)
-	if errors.Is(err, errdef.ErrUnsupported) {
-		return c.noTwin(err)
-	}
-	if err == nil {
-		c.u.Add(c.twin.Close)
+	if c.room, err = c.space.Reserve(ctx); err == nil {
+		c.memory.Add(c.room.Close)
 	}
 	return err
 }
@@ -88,13 +100,16 @@ func (c *capture) hold(digest string) (snapshot.Snapshot, error) {
 // choose decides what the layer is relative to: the sandbox's last branch,
 // unless that is gone or deep already.
 func (c *capture) choose(head string) {
-	c.parent = c.origin
+	c.parent, c.facts.Follows = c.origin, c.origin.Digest
 	if head != "" && head != c.origin.Digest {
-		if snap, err := c.hold(head); err == nil && c.m.related(snap, c.origin) {
+		snap, err := c.hold(head)
+		if err == nil {
+			c.facts.Follows = head
+		}
+		if err == nil && c.m.related(snap, c.origin) {
 			c.parent = snap
 		}
 	}
-	c.facts.Follows = c.parent.Digest
 	if c.parent.Depth >= maxLineage {
 		c.parent = c.origin
 	}
@@ -125,9 +140,9 @@ func (c *capture) open(snap snapshot.Snapshot) error {
 	return nil
 }
 
-// room checks that the disk can take what is to be written, as far as can be
-// told before the instant.
-func (c *capture) room() error {
+// checkDisk checks that the disk can take what is to be written, as far as can
+// be told before the instant.
+func (c *capture) checkDisk() error {
 	need := int64(0)
 	err := c.space.Private(func(_, count uint64) bool {
 		need += int64(count) * guestmem.PageSize
@@ -154,10 +169,9 @@ func (c *capture) room() error {
 }
 
 // noTwin makes do without one, and says so.
-func (c *capture) noTwin(why error) error {
+func (c *capture) noTwin(why error) {
 	c.mode = Diff
 	c.facts.Warning = "taken in mode diff, as this host allows no live branch: " + why.Error()
-	return nil
 }
 
 // resumeTime bounds the resume of a machine, whatever became of the branch.
@@ -188,29 +202,38 @@ func (c *capture) instant(ctx context.Context) (err error) {
 	return c.freeze(ctx)
 }
 
-// freeze makes source the memory of this instant, for as long as it is needed.
+// freeze makes source the memory of this instant.
 func (c *capture) freeze(ctx context.Context) error {
 	if c.mode == Live {
 		twin, err := c.twin.Freeze(ctx)
 		if err == nil {
 			c.source = twin
-			c.u.Add(twin.Close)
+			c.memory.Add(twin.Close)
 			return nil
 		}
-		if !errors.Is(err, errdef.ErrUnsupported) {
+		if ctx.Err() != nil || errors.Is(err, errdef.ErrNotFound) { // the machine is gone
 			return err
 		}
-		_ = c.noTwin(err) // only notes it
+		c.noTwin(err)
 	}
 	begin := time.Now()
-	memory, err := c.space.Copy(ctx)
+	memory, err := c.copy(ctx)
 	if err != nil {
 		return err
 	}
 	c.facts.DiffMS = time.Since(begin).Milliseconds()
 	c.source = memory
-	c.u.Add(memory.Close)
+	c.memory.Add(memory.Close)
 	return nil
+}
+
+// copy copies what the machine has of its own, into the room for it if there
+// is some.
+func (c *capture) copy(ctx context.Context) (*guestmem.Copy, error) {
+	if c.room != nil {
+		return c.room.Copy(ctx)
+	}
+	return c.space.Copy(ctx)
 }
 
 // write writes the memory of the instant into the stage.
@@ -224,7 +247,8 @@ func (c *capture) write(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err = errors.Join(save(ctx, f), f.Close()); err != nil {
+	// A twin whose helper was killed was not read to its end: Close says so.
+	if err = errors.Join(save(ctx, f), f.Close(), c.memory.Close()); err != nil {
 		return err
 	}
 	if c.mode == Live {

@@ -12,8 +12,6 @@ import (
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/guestproto"
 	"github.com/tinevm/tine/internal/progress"
-	"github.com/tinevm/tine/internal/snapshot"
-	"github.com/tinevm/tine/internal/undo"
 )
 
 // Diff says how two nodes differ: snapshots, by tag or digest, or sandboxes as
@@ -44,141 +42,6 @@ func (m *Manager) Diff(ctx context.Context, a, b string) (_ DiffResult, err erro
 		return DiffResult{}, fmt.Errorf("diff %s and %s: %w", a, b, err)
 	}
 	return d, nil
-}
-
-// side is one of the two that Diff compares.
-type side struct {
-	origin  snapshot.Snapshot
-	image   *guestmem.Image
-	own     *guestmem.Copy // pages of a sandbox's own; nil for a snapshot
-	private map[uint64]bool
-	box     *box
-	client  *guest.Client
-	changes map[string]guest.Change
-	u       undo.Stack
-}
-
-func (s *side) close() error { return s.u.Close() }
-
-// side opens a sandbox or a snapshot.
-func (m *Manager) side(ctx context.Context, ref string) (_ *side, err error) {
-	s := &side{private: map[uint64]bool{}}
-	defer func() { err = s.u.Run(err) }()
-	if isID(ref) {
-		err = s.ofSandbox(ctx, m, ref)
-	} else {
-		err = s.ofSnapshot(ctx, m, ref)
-	}
-	if err != nil {
-		return nil, err
-	}
-	if s.client, err = s.box.session(ctx); err != nil {
-		return nil, err
-	}
-	if s.image, err = m.Snapshots.Image(s.origin); err != nil {
-		return nil, err
-	}
-	s.u.Add(s.image.Close)
-	return s, nil
-}
-
-// ofSnapshot forks one, to be looked at by nobody else.
-func (s *side) ofSnapshot(ctx context.Context, m *Manager, ref string) error {
-	o, err := m.origin(ctx, ref)
-	if err != nil {
-		return err
-	}
-	s.u.Add(o.close)
-	s.origin = o.snap
-	if err = m.hold(1); err != nil {
-		return err
-	}
-	leave, err := m.enter(ctx)
-	if err != nil {
-		m.drop()
-		return err
-	}
-	defer leave()
-	if s.box, err = m.bring(ctx, o, secrets{}); err != nil {
-		return err
-	}
-	s.u.Add(func() error { return s.box.order(context.WithoutCancel(ctx), end) })
-	return nil
-}
-
-// ofSandbox copies the memory of one at an instant.
-func (s *side) ofSandbox(ctx context.Context, m *Manager, id string) error {
-	b, err := m.find(id)
-	if err != nil {
-		return err
-	}
-	unuse, err := b.use()
-	if err != nil {
-		return err
-	}
-	s.u.Add(func() error { unuse(); return nil })
-	s.box = b
-	if _, err = b.session(ctx); err != nil { // it may have to be resumed
-		return err
-	}
-	release, err := b.take(ctx)
-	if err != nil {
-		return err
-	}
-	defer release()
-	if s.origin, _, err = m.origins(b, &s.u); err != nil {
-		return err
-	}
-	return s.copy(ctx, b)
-}
-
-// origins finds and pins what a sandbox's machine was raised from.
-func (m *Manager) origins(b *box, u *undo.Stack) (snap snapshot.Snapshot, digest string, err error) {
-	b.mu.Lock()
-	digest = b.record.Origin
-	b.mu.Unlock()
-	snap, pin, err := m.pin(digest)
-	if err == nil {
-		u.Add(pin.Close)
-	}
-	return snap, digest, err
-}
-
-func (s *side) copy(ctx context.Context, b *box) (err error) {
-	vm := b.machine()
-	if vm == nil {
-		return context.Cause(b.ctx)
-	}
-	space, err := vm.Memory()
-	if err != nil {
-		return err
-	}
-	defer func() {
-		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTime)
-		defer cancel()
-		err = errors.Join(err, vm.Resume(late))
-	}()
-	if err = vm.Pause(ctx); err != nil {
-		return err
-	}
-	if s.own, err = space.Copy(ctx); err != nil {
-		return err
-	}
-	s.u.Add(s.own.Close)
-	return s.own.Private(func(first, count uint64) bool {
-		for page := first; page < first+count; page++ {
-			s.private[page] = true
-		}
-		return true
-	})
-}
-
-func (s *side) comparable(other *side) error {
-	a, b := s.origin.Manifest, other.origin.Manifest
-	if a.Image != b.Image || a.Machine != b.Machine {
-		return fmt.Errorf("%w: they are not of one image and shape", errdef.ErrInvalid)
-	}
-	return nil
 }
 
 // files compares what the two hold beyond their image.
@@ -309,23 +172,6 @@ func (d *DiffResult) pages(ctx context.Context, sides [2]*side) error {
 			if !bytes.Equal(bufs[0][at:at+guestmem.PageSize], bufs[1][at:at+guestmem.PageSize]) {
 				d.Pages++
 			}
-		}
-	}
-	return nil
-}
-
-// read reads pages as the side has them.
-func (s *side) read(p []byte, first uint64) error {
-	if _, err := s.image.ReadAt(p, int64(first)*guestmem.PageSize); err != nil {
-		return err
-	}
-	for i := range uint64(len(p) / guestmem.PageSize) {
-		if !s.private[first+i] {
-			continue
-		}
-		at := i * guestmem.PageSize
-		if _, err := s.own.ReadAt(p[at:at+guestmem.PageSize], int64(first+i)*guestmem.PageSize); err != nil {
-			return err
 		}
 	}
 	return nil

@@ -71,6 +71,9 @@ type Config struct {
 	Engine    vmm.Engine
 	Snapshots *snapshot.Store
 	Images    *image.Store
+	// KeepBranches is how many branches that nobody named are kept of each
+	// sandbox; zero: all.
+	KeepBranches int
 	// Freezer makes the copy-on-write twins of live branches. Without a command
 	// there are none.
 	Freezer guestmem.Freezer

@@ -96,7 +96,7 @@ func (b *box) suspend(ctx context.Context) (err error) {
 	c := b.m.newCapture(vm, stage, Diff)
 	c.facts.BranchedFrom = b.id
 	defer func() { err = errors.Join(err, c.close()) }()
-	if err = c.prepare(ctx, r.Origin, r.Head); err != nil {
+	if err = c.prepare(r.Origin, r.Head); err != nil {
 		return err
 	}
 	if err = b.freeze(ctx, c); err != nil {
