@@ -64,6 +64,44 @@ func TestManifestVector(t *testing.T) {
 	}
 }
 
+// layeredManifest is goodManifest of a layer.
+func layeredManifest(t testing.TB) ([]byte, Manifest) {
+	t.Helper()
+	_, m := goodManifest(t)
+	m.Layer, m.Memory, m.Parent = m.Memory, File{}, digestOf([]byte("parent"))
+	data, _, err := m.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data, m
+}
+
+func TestLayeredManifest(t *testing.T) {
+	t.Parallel()
+	whole, _ := goodManifest(t)
+	data, m := layeredManifest(t)
+	want := strings.Replace(string(whole), `"memory": {`, `"layer": {`, 1)
+	want = strings.Replace(want, "  ]\n}\n", "  ],\n  \"parent\": \""+digestOf([]byte("parent"))+"\"\n}\n", 1)
+	if diff := cmp.Diff(want, string(data)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	got, err := decodeManifest(data)
+	if diff := cmp.Diff(m, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	neither, both, orphan := m, m, m
+	neither.Layer, both.Memory, orphan.Parent = File{}, m.Layer, ""
+	for name, bad := range map[string]Manifest{"neither": neither, "both": both, "orphan": orphan} {
+		if _, _, err = bad.encode(); !errors.Is(err, errdef.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	empty := strings.Replace(string(data), `  "layer"`, `  "memory": {"digest": "", "size": 0},`+"\n"+`  "layer"`, 1)
+	if _, err = decodeManifest([]byte(empty)); !errors.Is(err, errdef.ErrInvalid) {
+		t.Errorf("an empty memory: %v", err)
+	}
+}
+
 func TestDecodeManifestRefuses(t *testing.T) {
 	t.Parallel()
 	data, _ := goodManifest(t)
@@ -97,6 +135,8 @@ func TestDecodeManifestRefuses(t *testing.T) {
 func FuzzDecodeManifest(f *testing.F) {
 	data, _ := goodManifest(f)
 	f.Add(data)
+	layered, _ := layeredManifest(f)
+	f.Add(layered)
 	f.Add([]byte(`{"version":1}`))
 	f.Add([]byte("null"))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -112,7 +152,7 @@ func FuzzDecodeManifest(f *testing.F) {
 }
 
 func FuzzDecodeTag(f *testing.F) {
-	good := tagFile{Version: Version, Digest: digestOf(nil), Facts: Facts{CreatedAt: time.Unix(1, 0).UTC(), BootMS: 3, Warning: "w"}}
+	good := tagFile{Version: Version, Digest: digestOf(nil), Facts: Facts{CreatedAt: time.Unix(1, 0).UTC(), BootMS: 3, Warning: "w", Follows: digestOf(nil), PauseMS: 1.25, Auto: true}}
 	data, err := good.encode()
 	if err != nil {
 		f.Fatal(err)

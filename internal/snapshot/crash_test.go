@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/linux"
 )
 
 var errDead = errors.New("the process is dead")
@@ -32,6 +34,8 @@ type hastyFiles struct{ osFiles }
 func (f hastyFiles) write(path string, data []byte) error { return f.replace(path, data) }
 
 func (f hastyFiles) commitDir(stage, final string) error { return f.rename(stage, final) }
+
+func (hastyFiles) syncFile(string) error { return nil }
 
 func (hastyFiles) syncDir(string) error { return nil }
 
@@ -78,6 +82,10 @@ func (c *cutFiles) rename(oldPath, newPath string) error {
 
 func (c *cutFiles) remove(path string) error {
 	return c.step(func() error { return c.hastyFiles.remove(path) })
+}
+
+func (c *cutFiles) syncFile(path string) error {
+	return c.step(func() error { return c.hastyFiles.syncFile(path) })
 }
 
 func (c *cutFiles) syncDir(path string) error {
@@ -277,6 +285,7 @@ var roles = map[string]func() error{
 	"hold":    waitForParent,
 	"churn":   roleChurn,
 	"full":    roleFull,
+	"grow":    roleGrow,
 	"flatten": roleFlatten,
 }
 
@@ -404,6 +413,59 @@ func startWithPin(t *testing.T, s *Store, snap Snapshot) process {
 	return p
 }
 
+// roleGrow does to a tree on what is tagged kept all that can be done, until it
+// is killed.
+func roleGrow() error {
+	s, err := Open(".", nil)
+	if err != nil {
+		return err
+	}
+	for i := 0; ; i++ {
+		if err = grow(context.Background(), s, byte(i)); err != nil {
+			return err
+		}
+		if _, err = fmt.Println(i); err != nil {
+			return err
+		}
+	}
+}
+
+func grow(ctx context.Context, s *Store, b byte) error {
+	kept, err := s.Resolve("kept")
+	if err != nil {
+		return err
+	}
+	st, err := s.StageReplace(ctx, "x")
+	if err != nil {
+		return err
+	}
+	x, err := commitLayer(ctx, st, fmt.Sprint(b), kept, map[uint64]byte{4: b}, Facts{})
+	if err != nil {
+		return err
+	}
+	if st, err = s.StageHeld(ctx, "h"); err != nil {
+		return err
+	}
+	held, err := commitLayer(ctx, st, fmt.Sprint(b), x, map[uint64]byte{5: b}, Facts{})
+	if err != nil {
+		return err
+	}
+	if err = errors.Join(s.Flatten(ctx, held), s.Flatten(ctx, x)); err != nil {
+		return err
+	}
+	if _, err = s.Retag(ctx, "y", held, true); err != nil {
+		return err
+	}
+	if err = s.Remove(ctx, "whole"); err != nil && !errors.Is(err, errdef.ErrNotFound) {
+		return err
+	}
+	if _, err = s.Compact(ctx, "y", "whole"); err != nil {
+		return err
+	}
+	_, err = s.DropFlats(ctx, false)
+	return errors.Join(err, s.DropHeld(ctx, "h"))
+}
+
 // roleChurn makes and removes snapshots until it is killed.
 func roleChurn() error {
 	s, err := Open(".", nil)
@@ -422,6 +484,27 @@ func roleChurn() error {
 			return err
 		}
 	}
+}
+
+// Whatever is killed in the middle of whatever it does to a tree, all that is
+// there is whole.
+func TestKillNineOfTree(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	create(t, openStore(t, dir), "kept", "kept")
+	kills := 0
+	for end := time.Now().Add(1500 * time.Millisecond); time.Now().Before(end); kills++ {
+		p := start(t, "grow", dir)
+		for spin := time.Now().Add(rand.N(30 * time.Millisecond)); time.Now().Before(spin); {
+		}
+		p.kill(t)
+		s := openStore(t, dir)
+		if got := readTree(t, s); got["kept"] == "" {
+			t.Fatalf("after %d kills: %v", kills, got)
+		}
+		wantClean(t, s)
+	}
+	t.Logf("%d kills", kills)
 }
 
 func TestKillNine(t *testing.T) {
@@ -503,7 +586,89 @@ func roleFull() error {
 	if err = st.Abort(); err != nil {
 		return err
 	}
+	if err = fullTree(s, dir); err != nil {
+		return err
+	}
 	return onlyGood(s)
+}
+
+// fullTree runs out of room in the middle of a branch, a flattening and a
+// compaction, and sees that what they took is free again.
+func fullTree(s *Store, dir string) error {
+	ctx := context.Background()
+	good, err := s.Resolve("good")
+	if err != nil {
+		return err
+	}
+	if err = os.Remove(filepath.Join(dir, "filler2")); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err = os.Truncate(filepath.Join(dir, "filler"), 512<<10); err != nil {
+		return err
+	}
+	st, err := s.Stage(ctx, "leaf")
+	if err != nil {
+		return err
+	}
+	leaf, err := commitLayer(ctx, st, "leaf", good, map[uint64]byte{1: 1, 2: 2, 3: 3}, Facts{})
+	if err != nil {
+		return err
+	}
+	for _, left := range []int{0, 2, 4, 7, 8} { // pages
+		if err = fullAt(ctx, s, dir, leaf, left); err != nil {
+			return fmt.Errorf("with %d pages left: %w", left, err)
+		}
+	}
+	return errors.Join(s.Remove(ctx, "leaf"), os.Truncate(filepath.Join(dir, "filler"), 0))
+}
+
+// fullAt fills the disk but for some pages, and tries.
+func fullAt(ctx context.Context, s *Store, dir string, leaf Snapshot, left int) error {
+	filler := filepath.Join(dir, "filler")
+	if err := os.WriteFile(filler, bytes.Repeat([]byte{1}, 2<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("the disk is not full: %w", err)
+	}
+	st, err := os.Stat(filler)
+	if err != nil {
+		return err
+	}
+	if err = os.Truncate(filler, st.Size()&^4095-int64(left)<<12); err != nil {
+		return err
+	}
+	before, err := linux.FreeSpace(dir)
+	if err != nil {
+		return err
+	}
+	stage, err := s.Stage(ctx, "more")
+	if err == nil {
+		changed := map[uint64]byte{}
+		for page := range uint64(left) {
+			changed[page] = 7
+		}
+		_, err = commitLayer(ctx, stage, "more", leaf, changed, Facts{})
+	}
+	flatErr := s.Flatten(ctx, leaf)
+	if flatErr == nil && left > 6 { // there was just enough
+		flatErr = errdef.ErrExhausted
+		if dropErr := s.DropFlat(ctx, leaf); dropErr != nil {
+			return dropErr
+		}
+	}
+	_, compactErr := s.Compact(ctx, "leaf", "whole")
+	for verb, failed := range map[string]error{"branch": err, "flatten": flatErr, "compact": compactErr} {
+		if !errors.Is(failed, unix.ENOSPC) && !errors.Is(failed, errdef.ErrExhausted) {
+			return fmt.Errorf("%s on a full disk: %w", verb, failed)
+		}
+	}
+	after, err := linux.FreeSpace(dir)
+	if err != nil || after != before {
+		return fmt.Errorf("%d bytes were free, and now %d: %w", before, after, err)
+	}
+	problems, err := s.Check(ctx)
+	if err != nil || len(problems) > 0 {
+		return fmt.Errorf("check: %v, %w", problems, err)
+	}
+	return nil
 }
 
 func onlyGood(s *Store) error {

@@ -26,7 +26,7 @@ func prepareTree(t *testing.T) string {
 	mid := layer(t, s, "mid", root, 1)
 	leaf := layer(t, s, "leaf", mid, 2)
 	head := mid
-	for i := range 3 {
+	for i := range 2 {
 		head = layerWith(t, s, fmt.Sprint("auto", i), head, byte(10+i), Facts{Auto: true, BranchedFrom: "sb", CreatedAt: time.Unix(int64(i), 0).UTC()})
 	}
 	held := hold(t, s, "sb", leaf, 4)
@@ -79,8 +79,8 @@ var treeChanges = map[string]func(s *Store, t *testing.T) error{
 		return dyingStage(t, st, err, must(t, s, "leaf"))
 	},
 	"layer-replace": func(s *Store, t *testing.T) error {
-		st, err := s.StageReplace(t.Context(), "auto2")
-		return dyingStage(t, st, err, must(t, s, "auto1"))
+		st, err := s.StageReplace(t.Context(), "auto1")
+		return dyingStage(t, st, err, must(t, s, "auto0"))
 	},
 	"held": func(s *Store, t *testing.T) error {
 		st, err := s.StageHeld(t.Context(), "new")
@@ -105,18 +105,18 @@ var treeChanges = map[string]func(s *Store, t *testing.T) error{
 	},
 	"drop-flats": func(s *Store, t *testing.T) error { _, err := s.DropFlats(t.Context(), false); return err },
 	"retag": func(s *Store, t *testing.T) error {
-		_, err := s.Retag(t.Context(), "best", must(t, s, "auto2"), false)
+		_, err := s.Retag(t.Context(), "best", must(t, s, "auto1"), false)
 		return err
 	},
 	"retag-replace": func(s *Store, t *testing.T) error {
-		_, err := s.Retag(t.Context(), "auto2", must(t, s, "leaf"), true)
+		_, err := s.Retag(t.Context(), "auto1", must(t, s, "leaf"), true)
 		return err
 	},
 	"prune": func(s *Store, t *testing.T) error {
 		_, _, err := s.Prune(t.Context(), PrunePolicy{})
 		return err
 	},
-	"remove-leaf":   func(s *Store, t *testing.T) error { return s.Remove(t.Context(), "auto2") },
+	"remove-leaf":   func(s *Store, t *testing.T) error { return s.Remove(t.Context(), "auto1") },
 	"remove-parent": func(s *Store, t *testing.T) error { return s.Remove(t.Context(), "mid") },
 	"gc":            func(s *Store, t *testing.T) error { _, err := s.GC(t.Context(), false); return err },
 }

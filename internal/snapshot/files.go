@@ -18,6 +18,7 @@ type files interface {
 	rename(oldPath, newPath string) error
 	remove(path string) error
 	removeAll(path string) error
+	syncFile(path string) error
 	syncDir(path string) error
 }
 
@@ -41,5 +42,9 @@ func (osFiles) rename(oldPath, newPath string) error { return os.Rename(oldPath,
 func (osFiles) remove(path string) error { return os.Remove(path) }
 
 func (osFiles) removeAll(path string) error { return os.RemoveAll(path) }
+
+func (osFiles) syncFile(path string) error {
+	return durable.Describe("sync", path, durable.SyncFile(path))
+}
 
 func (osFiles) syncDir(path string) error { return durable.SyncDir(path) }

@@ -81,27 +81,31 @@ func (s *Store) Flatten(ctx context.Context, snap Snapshot) error {
 		return err
 	}
 	defer func() { _ = pin.Close() }() // only read
-	// Everybody has the layer's file, and nobody else locks it.
+	chain, err := s.Chain(snap)
+	if err != nil {
+		return err
+	}
+	// The layer's file is there for all to lock, and nobody else does.
 	lock, err := durable.Lock(ctx, snap.LayerPath())
 	if err != nil {
 		return fmt.Errorf("flatten snapshot %s: %w", snap.ref(), err)
 	}
-	if err = errors.Join(s.flatten(ctx, snap), durable.Unlock(lock)); err != nil {
+	if err = errors.Join(s.flatten(ctx, chain), durable.Unlock(lock)); err != nil {
 		return fmt.Errorf("flatten snapshot %s: %w", snap.ref(), err)
 	}
 	return nil
 }
 
-// flatten is for who holds the layer's lock.
-func (s *Store) flatten(ctx context.Context, snap Snapshot) (err error) {
-	chain, err := s.Chain(snap)
-	if err != nil || snap.flatHolds(chain[0].Manifest.Memory.Size) {
+// flatten is for who holds the lock of the last one's layer.
+func (s *Store) flatten(ctx context.Context, chain []Snapshot) error {
+	snap := chain[len(chain)-1]
+	if snap.flatHolds(chain[0].Manifest.Memory.Size) {
+		return nil
+	}
+	if err := s.verifyChain(ctx, chain); err != nil {
 		return err
 	}
-	if err = s.verifyChain(ctx, chain); err != nil {
-		return err
-	}
-	if err = room(snap.dir, chain); err != nil {
+	if err := room(snap.dir, chain); err != nil {
 		return err
 	}
 	path := filepath.Join(snap.dir, newFlatFile)
@@ -109,15 +113,13 @@ func (s *Store) flatten(ctx context.Context, snap Snapshot) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.removeIfThere(path))
-		}
-	}()
-	if err = errors.Join(flatten(ctx, chain, f), f.Sync(), f.Close()); err != nil {
-		return err
+	if err = flatten(ctx, chain, f); err == nil {
+		err = s.publishFlat(ctx, snap, path)
 	}
-	return s.publishFlat(ctx, snap, path)
+	if err != nil {
+		err = errors.Join(err, s.removeIfThere(path))
+	}
+	return errors.Join(err, durable.Unlock(f)) // not before it has its name, or it is swept
 }
 
 // newFlat makes the temporary file, over one that a crash left. Sweeping it
@@ -140,6 +142,9 @@ func (s *Store) newFlat(ctx context.Context, path string) (f *os.File, err error
 
 // publishFlat gives the flat image its name, and vouches for it last.
 func (s *Store) publishFlat(ctx context.Context, snap Snapshot, path string) error {
+	if err := s.files.syncFile(path); err != nil {
+		return err
+	}
 	before, err := stampOf(path)
 	if err != nil {
 		return err

@@ -296,6 +296,50 @@ func TestSweepSparesFlatInTheMaking(t *testing.T) {
 	}
 }
 
+// Others open the store, collect and drop, while images are made.
+func TestFlattenWhileSwept(t *testing.T) {
+	t.Parallel()
+	s, _, mid, leaf := tree(t)
+	s.files = hastyFiles{}
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for _, disturb := range []func() error{
+		func() error { _, err := open(s.dir, nil, hastyFiles{}); return err },
+		func() error { _, err := s.GC(ctx, false); return err },
+		func() error { _, err := s.DropFlats(ctx, false); return err },
+	} {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				if err := disturb(); err != nil && ctx.Err() == nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	want := memoryOf(t, s, leaf)
+	for range 40 {
+		pin, err := s.Pin(leaf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err = errors.Join(s.Flatten(ctx, mid), s.Flatten(ctx, leaf)); err != nil {
+			t.Error(err)
+		}
+		if base, baseErr := s.Base(leaf); baseErr != nil || base.Path != leaf.FlatPath() {
+			t.Errorf("a pinned one was dropped: %+v, %v", base, baseErr)
+		}
+		if !bytes.Equal(mapped(t, s, leaf), want) {
+			t.Error("what a fork maps is not the memory")
+		}
+		if err = pin.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stop()
+	wg.Wait()
+	wantClean(t, s)
+}
+
 func FuzzDecodeFlatMemo(f *testing.F) {
 	good := flatMemo{Version: Version, Digest: digestOf(nil), stamp: stamp{1, 2, 3}}
 	f.Add(good.encode())

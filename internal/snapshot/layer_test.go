@@ -220,6 +220,7 @@ func otherSize(st *Stage, _ *Manifest) error {
 func TestDepthIsBounded(t *testing.T) {
 	t.Parallel()
 	s := newStore(t)
+	s.files = hastyFiles{}
 	snap := create(t, s, "d0", "a")
 	for i := range MaxDepth {
 		snap = layer(t, s, fmt.Sprint("d", i+1), snap, byte(i+1))
@@ -421,6 +422,46 @@ func TestCompact(t *testing.T) {
 		t.Errorf("left: %v", all)
 	}
 	wantClean(t, s)
+}
+
+// A thousand branches of one source are no trouble.
+func BenchmarkThousandBranches(b *testing.B) {
+	s, err := Open(b.TempDir(), nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s.files = hastyFiles{}
+	root, err := make1(b.Context(), s, "root", "a", "")
+	if err != nil {
+		b.Fatal(err)
+	}
+	branch := func(n int) error {
+		st, stageErr := s.StageReplace(b.Context(), fmt.Sprint("b", n))
+		if stageErr != nil {
+			return stageErr
+		}
+		_, commitErr := commitLayer(b.Context(), st, fmt.Sprint(n), root, map[uint64]byte{1: byte(n)}, Facts{})
+		return commitErr
+	}
+	for n := range 1000 {
+		if err = branch(n); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for name, work := range map[string]func() error{
+		"list":       func() error { _, err = s.List(); return err },
+		"dependents": func() error { _, err = s.Dependents(root.Digest); return err },
+		"gc":         func() error { _, err = s.GC(b.Context(), false); return err },
+		"more":       func() error { return errors.Join(branch(1000), s.Remove(b.Context(), "b1000")) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if err = work(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }
 
 // What a fork asks of the store before it starts a machine.

@@ -84,13 +84,18 @@ func (s *Store) usedLocked(digest, except string) (bool, error) {
 	return false, err
 }
 
-// dropUnusedLocked removes an object if nothing names it any more.
+// dropUnusedLocked removes an object, if it is there, and nothing names it any
+// more or pins it.
 func (s *Store) dropUnusedLocked(digest string) error {
 	used, err := s.usedLocked(digest, "")
 	if err != nil || used {
 		return err
 	}
-	return s.dropLocked(digest)
+	err = s.dropLocked(digest)
+	if errors.Is(err, errdef.ErrConflict) || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // dropLocked removes an object, or returns errdef.ErrConflict when it is pinned.

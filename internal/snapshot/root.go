@@ -147,11 +147,7 @@ func (s *Store) dropHeldLocked(r root) error {
 	if readErr != nil { // it pointed at nothing
 		return nil
 	}
-	err := s.dropUnusedLocked(t.Digest)
-	if errors.Is(err, errdef.ErrConflict) || errors.Is(err, fs.ErrNotExist) {
-		return nil // pinned, or damaged: not even there
-	}
-	return err
+	return s.dropUnusedLocked(t.Digest)
 }
 
 // Retag points a tag at a snapshot that is there, whatever it is called. With

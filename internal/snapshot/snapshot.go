@@ -1,10 +1,12 @@
 // Package snapshot keeps frozen machines: immutable objects named by the digest
 // of their manifest, and tags that point at them.
 //
-// An object is whole from the instant it has its name, and is never changed.
-// It is never removed while a tag, another object's manifest or a live pin
-// still names it. Any number of processes may share one store; whatever one of
-// them was doing when it was killed is taken back by the next that opens it.
+// An object has a machine's memory, or a layer: what of it differs from another
+// object, its parent. It is whole from the instant it has its name, and is never
+// changed but for caches beside it. It is never removed while a tag, a sandbox
+// without a machine, another object's manifest or a live pin still names it.
+// Any number of processes may share one store; whatever one of them was doing
+// when it was killed is taken back by the next that opens it.
 // docs/formats/snapshot.md describes the files.
 //
 // The package knows nothing of how machines run: see vmm.

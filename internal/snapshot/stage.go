@@ -123,8 +123,8 @@ func (st *Stage) DevicePath() string { return filepath.Join(st.dir, deviceFile) 
 
 // Commit makes the stage a snapshot: it fills in m's version and files, writes
 // all to disk, and points the tag at it. Nobody may write to the files any
-// more. When Commit fails the store is as it was, but perhaps for an object
-// without a tag, and the stage is there for another try or for Abort.
+// more. When Commit fails the store is as it was, but at the worst for an
+// object without a tag, which is left to GC.
 func (st *Stage) Commit(ctx context.Context, m Manifest, facts Facts) (Snapshot, error) {
 	if st.claim == nil {
 		return Snapshot{}, fmt.Errorf("%w: commit snapshot %s: the stage is over", errdef.ErrInvalid, st.root.name)
@@ -191,9 +191,8 @@ func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err erro
 	}
 	progress.Report(ctx, step, "writing to disk")
 	for _, f := range m.contents() {
-		path := filepath.Join(st.dir, f.name)
-		if err = durable.SyncFile(path); err != nil {
-			return "", durable.Describe("sync", path, err)
+		if err = st.store.files.syncFile(filepath.Join(st.dir, f.name)); err != nil {
+			return "", err
 		}
 	}
 	if err = st.store.files.write(filepath.Join(st.dir, memoFile), stamps.encode()); err != nil {
@@ -293,10 +292,14 @@ func (st *Stage) publishLocked(snap *Snapshot) error {
 	if _, err := tag.encode(); err != nil {
 		return err
 	}
-	if err := st.publishObject(snap.Digest); err != nil {
-		return err
+	err := st.publishObject(snap.Digest)
+	if err == nil {
+		err = st.pointLocked(&tag)
 	}
-	return st.pointLocked(&tag)
+	if err != nil { // for want of room, perhaps, which the object takes
+		err = errors.Join(err, st.store.dropUnusedLocked(snap.Digest))
+	}
+	return err
 }
 
 // pointLocked points the tag at an object, and tidies up.
@@ -358,9 +361,7 @@ func (st *Stage) tidyLocked(replaced string) {
 	s := st.store
 	err := st.Abort()
 	if replaced != "" {
-		if dropErr := s.dropUnusedLocked(replaced); !errors.Is(dropErr, errdef.ErrConflict) {
-			err = errors.Join(err, dropErr)
-		}
+		err = errors.Join(err, s.dropUnusedLocked(replaced))
 	}
 	if err != nil {
 		s.logger.Warn("left for garbage collection", "snapshot", st.root.name, "error", err)
