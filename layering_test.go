@@ -51,7 +51,7 @@ var mayImport = map[string][]string{
 	"client": {"internal/errdef", "internal/wire"},
 	"internal/api": {
 		"internal/errdef", "internal/guest", "internal/guestproto", "internal/image", "internal/progress",
-		"internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire",
+		"internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/cli":  {"client", "internal/errdef", "internal/progress"},
 	"internal/wire": {},
@@ -69,7 +69,7 @@ var mayImport = map[string][]string{
 	},
 	"internal/daemon": {
 		"client", "internal/api", "internal/durable", "internal/errdef", "internal/guestmem", "internal/image",
-		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm", "internal/wire",
+		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/demo": {
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/progress",
@@ -80,8 +80,8 @@ var mayImport = map[string][]string{
 
 	// Only for tests.
 	"internal/api/apitest": {
-		"internal/agent", "internal/api", "internal/errdef", "internal/guest", "internal/image",
-		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire",
+		"internal/agent", "internal/api", "internal/errdef", "internal/guest", "internal/guestmem", "internal/image",
+		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/vmm/fake": {
 		"internal/agent", "internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm",
@@ -106,7 +106,8 @@ var testsMayImport = map[string][]string{
 	"internal/guest":   {"internal/agent"},
 	"internal/sandbox": {"internal/vmm/qemu"},
 
-	"internal/vmm/qemu": {"internal/guest"},
+	"internal/vmm/qemu":  {"internal/guest", "internal/image"},
+	"internal/workspace": {"internal/guest", "internal/snapshot", "internal/vmm"},
 }
 
 // plain are the packages that use no other module than x/sys: leaves that

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -98,6 +99,38 @@ func TestEverything(t *testing.T) {
 		{"list", func() error { _, err := c.List(ctx, id, dir, 2); return err }},
 		{"move", func() error { return c.Move(ctx, id, dir+"/a", dir+"/b") }},
 		{"remove", func() error { return c.Remove(ctx, id, dir+"/b", false) }},
+		{"branch", func() error {
+			s, err := c.Branch(ctx, id, client.BranchRequest{Tag: "b", Mode: client.ModeDiff, N: 1}, report)
+			if err == nil && (s.Status != "ready" || len(s.Sandboxes) != 1 || s.Mode != client.ModeDiff) {
+				err = fmt.Errorf("%+v", s)
+			}
+			return err
+		}},
+		{"branch silently", func() error {
+			s, err := c.Branch(ctx, id, client.BranchRequest{Tag: "later", Mode: client.ModeLive, NoWait: true}, nil)
+			if err == nil && s.Status != "writing" {
+				err = fmt.Errorf("%+v", s)
+			}
+			return err
+		}},
+		{"tree", func() error { _, err := c.Tree(ctx); return err }},
+		{"diff", func() error { _, err := c.Diff(ctx, "py", id); return err }},
+		{"promote", func() error { _, err := c.Promote(ctx, id, "best", report); return err }},
+		{"compact", func() error { _, err := c.Compact(ctx, "b", "c", report); return err }},
+		{"flatten", func() error { _, err := c.Flatten(ctx, "b", report); return err }},
+		{"prune", func() error { _, err := c.Prune(ctx, 1, true); return err }},
+		{"rollback", func() error { _, err := c.Rollback(ctx, id, "b"); return err }},
+		{"suspend", func() error { _, err := c.Suspend(ctx, id); return err }},
+		{"resume", func() error { _, err := c.Resume(ctx, id); return err }},
+		{"create workspace", func() error {
+			_, err := c.CreateWorkspace(ctx, client.CreateWorkspaceRequest{Name: "w", SnapshotTag: "py"})
+			return err
+		}},
+		{"workspaces", func() error { _, err := c.Workspaces(ctx); return err }},
+		{"workspace", func() error { _, err := c.Workspace(ctx, "w"); return err }},
+		{"suspend workspace", func() error { _, err := c.SuspendWorkspace(ctx, "w"); return err }},
+		{"resume workspace", func() error { _, err := c.ResumeWorkspace(ctx, "w"); return err }},
+		{"remove workspace", func() error { return c.RemoveWorkspace(ctx, "w") }},
 		{"remove sandbox", func() error { return c.RemoveSandbox(ctx, id) }},
 	} {
 		if err := step.do(); err != nil {

@@ -36,6 +36,12 @@ type ForkRequest struct {
 	// IdleTTL and Lifetime end a sandbox that is unused for so long, or that
 	// is so old. Zero means never.
 	IdleTTL, Lifetime time.Duration
+	// IdleSuspend suspends a sandbox after IdleTTL instead of ending it.
+	IdleSuspend bool
+	// Secrets are files under /run/tine/secrets of the sandbox, by name. Its
+	// forks do not have them, unless KeepSecrets says so.
+	Secrets     map[string]string
+	KeepSecrets bool
 	// MemoryLimitMiB is kept with the sandbox. No engine enforces it yet: what
 	// bounds a sandbox is its machine's own memory.
 	MemoryLimitMiB int64
@@ -74,7 +80,10 @@ func (c *Client) Fork(ctx context.Context, req ForkRequest) ([]Sandbox, error) {
 	}
 	w := wire.CreateSandboxesRequest{
 		SnapshotTag: req.Snapshot, N: &n, AllOrNothing: &all, Pool: &pool, Labels: req.Labels,
-		IdleTTLSecs: req.IdleTTL.Seconds(), LifetimeSecs: req.Lifetime.Seconds(),
+		IdleTTLSecs: req.IdleTTL.Seconds(), LifetimeSecs: req.Lifetime.Seconds(), Secrets: req.Secrets, KeepSecrets: req.KeepSecrets,
+	}
+	if req.IdleSuspend {
+		w.IdleAction = wire.CreateSandboxesRequestIdleActionSuspend
 	}
 	if req.MemoryLimitMiB != 0 {
 		w.MemoryLimitMiB = &req.MemoryLimitMiB

@@ -29,7 +29,7 @@ type (
 // one to be removed. With neither, they forbid it.
 type RemoveSnapshotOptions struct {
 	Cascade bool // remove them as well
-	Force   bool // leave them
+	Force   bool // leave them: only its tag goes
 }
 
 // Snapshots lists the snapshots, by tag.

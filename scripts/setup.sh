@@ -27,6 +27,7 @@ esac
 ids=$(os)
 need qemu-system-x86_64 qemu-system-x86 "runs the virtual machines, with or without KVM"
 need mkfs.erofs erofs-utils "writes the read-only root filesystems of images"
+need /sbin/mkfs.ext4 e2fsprogs "formats the scratch disks of machines"
 need mmdebstrap mmdebstrap "makes Debian root filesystems, and fetches Debian's kernel"
 if [ "${ids%% *}" != debian ]; then
 	need "$keyring" debian-archive-keyring "checks the signatures of Debian's packages"

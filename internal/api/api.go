@@ -16,6 +16,7 @@ import (
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/wire"
+	"github.com/tinevm/tine/internal/workspace"
 )
 
 const (
@@ -32,6 +33,9 @@ type Config struct {
 	Sandboxes Sandboxes
 	Snapshots Snapshots
 	Images    Images
+	// Workspaces is nil where the daemon ends with a command: there is nothing
+	// to come back to.
+	Workspaces Workspaces
 	// Doctor examines the host; nil means that there is nothing to say.
 	Doctor func(context.Context) []wire.DoctorCheck
 	// Version is the daemon's.
@@ -55,6 +59,14 @@ type Sandboxes interface {
 	SetPool(ctx context.Context, ref string, n int) error
 	Pool(ref string) (ready, want int)
 	Memory(id string) (private, shared int64, err error)
+	Branch(ctx context.Context, id string, req sandbox.BranchRequest) (snapshot.Snapshot, error)
+	Branches() []sandbox.BranchState
+	ForgetBranch(tag string) bool
+	Rollback(ctx context.Context, id, node string) (sandbox.Info, error)
+	Suspend(ctx context.Context, id string) (sandbox.Info, error)
+	Resume(ctx context.Context, id string) (sandbox.Info, error)
+	Diff(ctx context.Context, a, b string) (sandbox.DiffResult, error)
+	Promote(ctx context.Context, from, tag string) (snapshot.Snapshot, error)
 }
 
 // Snapshots is what the interface asks of a snapshot.Store.
@@ -64,6 +76,22 @@ type Snapshots interface {
 	Remove(ctx context.Context, tag string) error
 	GC(ctx context.Context, dryRun bool) (snapshot.Freed, error)
 	Check(ctx context.Context) ([]snapshot.Problem, error)
+	Chain(snap snapshot.Snapshot) ([]snapshot.Snapshot, error)
+	Base(snap snapshot.Snapshot) (snapshot.Base, error)
+	Dependents(digest string) ([]string, error)
+	Compact(ctx context.Context, ref, to string) (snapshot.Snapshot, error)
+	Flatten(ctx context.Context, snap snapshot.Snapshot) error
+	Prune(ctx context.Context, p snapshot.PrunePolicy) ([]string, snapshot.Freed, error)
+}
+
+// Workspaces is what the interface asks of a workspace.Store.
+type Workspaces interface {
+	Create(ctx context.Context, req workspace.CreateRequest) (workspace.Workspace, error)
+	Get(name string) (workspace.Workspace, error)
+	List() ([]workspace.Workspace, error)
+	Suspend(ctx context.Context, name string) (workspace.Workspace, error)
+	Resume(ctx context.Context, name string) (workspace.Workspace, error)
+	Delete(ctx context.Context, name string) error
 }
 
 // Images is what the interface asks of an image.Store.

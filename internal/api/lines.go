@@ -53,6 +53,18 @@ func (l lines) VisitCreateSnapshotResponse(w http.ResponseWriter) error { return
 // VisitCheckSnapshotsResponse makes lines an answer to checkSnapshots.
 func (l lines) VisitCheckSnapshotsResponse(w http.ResponseWriter) error { return l.visit(w) }
 
+// VisitBranchSandboxResponse makes lines an answer to branchSandbox.
+func (l lines) VisitBranchSandboxResponse(w http.ResponseWriter) error { return l.visit(w) }
+
+// VisitCompactSnapshotResponse makes lines an answer to compactSnapshot.
+func (l lines) VisitCompactSnapshotResponse(w http.ResponseWriter) error { return l.visit(w) }
+
+// VisitFlattenSnapshotResponse makes lines an answer to flattenSnapshot.
+func (l lines) VisitFlattenSnapshotResponse(w http.ResponseWriter) error { return l.visit(w) }
+
+// VisitPromoteSnapshotResponse makes lines an answer to promoteSnapshot.
+func (l lines) VisitPromoteSnapshotResponse(w http.ResponseWriter) error { return l.visit(w) }
+
 func (l lines) visit(w http.ResponseWriter) error {
 	out := &lineWriter{w: w, flush: http.NewResponseController(w)}
 	result, err := l.work(progress.With(l.ctx, out.report))

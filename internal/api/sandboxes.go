@@ -27,7 +27,7 @@ func (s *server) ListSandboxes(context.Context, wire.ListSandboxesRequestObject)
 	boxes := s.Sandboxes.List()
 	out := make(wire.ListSandboxes200JSONResponse, 0, len(boxes))
 	for _, b := range boxes {
-		out = append(out, sandboxOf(b))
+		out = append(out, s.sandboxOf(b))
 	}
 	return out, nil
 }
@@ -38,6 +38,15 @@ func (s *server) CreateSandboxes(ctx context.Context, r wire.CreateSandboxesRequ
 	if err != nil {
 		return nil, err
 	}
+	boxes, err := s.fork(ctx, req)
+	if errors.Is(err, errdef.ErrNotFound) {
+		err = s.notReady(r.Body.SnapshotTag, err)
+	}
+	return wire.CreateSandboxes201JSONResponse(boxes), err
+}
+
+// fork makes sandboxes for a client, if that is still there to learn of them.
+func (s *server) fork(ctx context.Context, req sandbox.ForkRequest) ([]wire.Sandbox, error) {
 	results, err := s.Sandboxes.Fork(ctx, req)
 	if err != nil {
 		return nil, err
@@ -45,10 +54,10 @@ func (s *server) CreateSandboxes(ctx context.Context, r wire.CreateSandboxesRequ
 	if ctx.Err() != nil {
 		return nil, s.discard(ctx, results)
 	}
-	out := make(wire.CreateSandboxes201JSONResponse, 0, len(results))
+	out := make([]wire.Sandbox, 0, len(results))
 	for _, result := range results {
 		if result.Err == nil {
-			out = append(out, sandboxOf(result.Sandbox))
+			out = append(out, s.sandboxOf(result.Sandbox))
 			continue
 		}
 		if req.AllOrNothing {
@@ -56,7 +65,7 @@ func (s *server) CreateSandboxes(ctx context.Context, r wire.CreateSandboxesRequ
 		}
 		_, body := answerFor(result.Err)
 		out = append(out, wire.Sandbox{
-			SnapshotTag: r.Body.SnapshotTag, GuestAddr: guestAddr, State: wire.SandboxStateDead,
+			SnapshotTag: req.Snapshot, GuestAddr: guestAddr, State: wire.SandboxStateDead,
 			Error: body.Error, Code: body.Code, Hint: body.Hint,
 		})
 	}
@@ -82,6 +91,7 @@ func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 	req := sandbox.ForkRequest{
 		Snapshot: b.SnapshotTag, N: or(b.N, 1), AllOrNothing: or(b.AllOrNothing, true), NoPool: !or(b.Pool, true),
 		Labels: b.Labels, MemoryLimitMiB: int(or(b.MemoryLimitMiB, 0)),
+		IdleSuspend: b.IdleAction == wire.CreateSandboxesRequestIdleActionSuspend, Secrets: b.Secrets, KeepSecrets: b.KeepSecrets,
 	}
 	switch {
 	case req.Snapshot == "":
@@ -93,8 +103,11 @@ func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 	case req.MemoryLimitMiB < 0:
 		return req, fmt.Errorf("%w: memory_limit_mib must not be negative", errdef.ErrInvalid)
 	case b.PerChildNetns:
-		return req, errdef.WithHint(fmt.Errorf("%w: sandboxes have no network yet", errdef.ErrInvalid),
-			"leave per_child_netns out, or send false")
+		return req, noNetwork()
+	case b.IdleAction != "" && !b.IdleAction.Valid():
+		return req, fmt.Errorf("%w: idle_action must be remove or suspend", errdef.ErrInvalid)
+	case req.IdleSuspend && b.IdleTTLSecs == 0:
+		return req, fmt.Errorf("%w: idle_action suspend needs idle_ttl_secs", errdef.ErrInvalid)
 	}
 	var err error
 	if req.IdleTTL, err = duration("idle_ttl_secs", b.IdleTTLSecs); err != nil {
@@ -102,6 +115,11 @@ func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 	}
 	req.Lifetime, err = duration("lifetime_secs", b.LifetimeSecs)
 	return req, err
+}
+
+func noNetwork() error {
+	return errdef.WithHint(fmt.Errorf("%w: sandboxes have no network yet", errdef.ErrInvalid),
+		"leave per_child_netns out, or send false")
 }
 
 // or is *p, or fallback where there is none.
@@ -126,7 +144,7 @@ func (s *server) GetSandbox(_ context.Context, r wire.GetSandboxRequestObject) (
 	if err != nil {
 		return nil, err
 	}
-	out := sandboxOf(info)
+	out := s.sandboxOf(info)
 	if private, shared, merr := s.Sandboxes.Memory(r.ID); merr == nil { // else it has no process to measure
 		out.PrivateBytes, out.SharedBytes = private, shared
 	}
@@ -155,12 +173,21 @@ func (s *server) PingSandbox(ctx context.Context, r wire.PingSandboxRequestObjec
 
 func millis(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
-func sandboxOf(i sandbox.Info) wire.Sandbox {
+func (s *server) sandboxOf(i sandbox.Info) wire.Sandbox {
 	out := wire.Sandbox{
 		ID: i.ID, SnapshotTag: i.SnapshotTag, SnapshotDigest: i.SnapshotDigest, GuestAddr: guestAddr,
 		CreatedAtUnix: i.CreatedAt.Unix(), State: wire.SandboxState(i.State), Reason: i.Reason, Engine: i.Engine,
 		MemoryMiB: i.Machine.MemoryMiB, VCPUs: i.Machine.VCPUs, IdleTTLSecs: i.IdleTTL.Seconds(), Labels: i.Labels,
-		ForkMS: i.ForkMS, FromPool: i.FromPool,
+		ForkMS: i.ForkMS, FromPool: i.FromPool, Head: i.Head, HasBranched: i.Branches > 0, BranchCount: i.Branches,
+	}
+	if i.IdleTTL != 0 {
+		out.IdleAction = wire.SandboxIdleActionRemove
+	}
+	if i.IdleTTL != 0 && i.IdleSuspend {
+		out.IdleAction = wire.SandboxIdleActionSuspend
+	}
+	if path := s.memoryOf(i); path != "" {
+		out.LastBranchMemoryPath = &path
 	}
 	if i.PID != 0 {
 		out.PID = &i.PID
@@ -175,4 +202,46 @@ func sandboxOf(i sandbox.Info) wire.Sandbox {
 		out.ExpiresAtUnix = i.ExpiresAt.Unix()
 	}
 	return out
+}
+
+// memoryOf is the file of the memory of a sandbox's last branch, or "".
+func (s *server) memoryOf(i sandbox.Info) string {
+	if i.Branches == 0 || i.Head == "" {
+		return ""
+	}
+	snap, err := s.Snapshots.Resolve(i.Head)
+	if err != nil {
+		return "" // it was removed since
+	}
+	return s.memoryPath(snap)
+}
+
+// RollbackSandbox answers POST /v1/sandboxes/{id}/rollback.
+func (s *server) RollbackSandbox(ctx context.Context, r wire.RollbackSandboxRequestObject) (wire.RollbackSandboxResponseObject, error) {
+	if r.Body.To == "" {
+		return nil, fmt.Errorf("%w: to is missing", errdef.ErrInvalid)
+	}
+	info, err := s.Sandboxes.Rollback(ctx, r.ID, r.Body.To)
+	if err != nil {
+		return nil, err
+	}
+	return wire.RollbackSandbox200JSONResponse(s.sandboxOf(info)), nil
+}
+
+// SuspendSandbox answers POST /v1/sandboxes/{id}/suspend.
+func (s *server) SuspendSandbox(ctx context.Context, r wire.SuspendSandboxRequestObject) (wire.SuspendSandboxResponseObject, error) {
+	info, err := s.Sandboxes.Suspend(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	return wire.SuspendSandbox200JSONResponse(s.sandboxOf(info)), nil
+}
+
+// ResumeSandbox answers POST /v1/sandboxes/{id}/resume.
+func (s *server) ResumeSandbox(ctx context.Context, r wire.ResumeSandboxRequestObject) (wire.ResumeSandboxResponseObject, error) {
+	info, err := s.Sandboxes.Resume(ctx, r.ID)
+	if err != nil {
+		return nil, err
+	}
+	return wire.ResumeSandbox200JSONResponse(s.sandboxOf(info)), nil
 }

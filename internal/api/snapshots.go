@@ -1,9 +1,11 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net/http"
 	"os"
 	"slices"
@@ -22,19 +24,73 @@ const maxPool = 1000
 
 // ListSnapshots answers GET /v1/snapshots.
 func (s *server) ListSnapshots(context.Context, wire.ListSnapshotsRequestObject) (wire.ListSnapshotsResponseObject, error) {
+	snaps, err := s.snapshots()
+	if err != nil {
+		return nil, err
+	}
+	images, err := s.imageNames()
+	if err != nil {
+		return nil, err
+	}
+	known := names{images: images, tags: tagsOf(snaps)}
+	out := make(wire.ListSnapshots200JSONResponse, 0, len(snaps))
+	for _, snap := range snaps {
+		out = append(out, s.snapshotOf(snap, known))
+	}
+	return out, nil
+}
+
+// snapshots lists each tag once: those of the store, and branches that the
+// store does not know, or knows less of.
+func (s *server) snapshots() ([]snapshot.Snapshot, error) {
+	branches := s.Sandboxes.Branches() // first: what is ready by the next line is listed as that
 	snaps, err := s.Snapshots.List()
 	if err != nil {
 		return nil, err
 	}
-	names, err := s.imageNames()
-	if err != nil {
-		return nil, err
+	for _, b := range branches {
+		i := slices.IndexFunc(snaps, func(snap snapshot.Snapshot) bool { return snap.Tag == b.Tag })
+		switch {
+		case i < 0:
+			snaps = append(snaps, branchOf(b))
+		case snaps[i].Status == snapshot.StatusWriting && b.Err == nil:
+			snaps[i] = branchOf(b)
+		}
 	}
-	out := make(wire.ListSnapshots200JSONResponse, 0, len(snaps))
+	slices.SortFunc(snaps, func(a, b snapshot.Snapshot) int { return strings.Compare(a.Tag, b.Tag) })
+	return snaps, nil
+}
+
+// branchOf is the snapshot that a branch is to become.
+func branchOf(b sandbox.BranchState) snapshot.Snapshot {
+	snap := snapshot.Snapshot{
+		Tag: b.Tag, Status: snapshot.StatusWriting,
+		Facts: snapshot.Facts{CreatedAt: b.At, BranchedFrom: b.Sandbox, PauseMS: b.PauseMS},
+	}
+	if b.Err != nil {
+		snap.Status, snap.Problem = snapshot.StatusFailed, b.Err.Error()
+	}
+	return snap
+}
+
+// notReady is err, which says that there is no such snapshot, or what is the
+// matter with one that is not there yet.
+func (s *server) notReady(tag string, err error) error {
+	snaps, listErr := s.snapshots()
+	if listErr != nil {
+		return errors.Join(err, listErr)
+	}
 	for _, snap := range snaps {
-		out = append(out, s.snapshotOf(snap, names))
+		switch {
+		case snap.Tag != tag:
+		case snap.Status == snapshot.StatusWriting:
+			return errdef.WithHint(fmt.Errorf("%w: snapshot `%s` is not bootable: status=Writing", errdef.ErrConflict, tag), "wait until it is ready")
+		case snap.Status == snapshot.StatusFailed:
+			return errdef.WithHint(fmt.Errorf("%w: snapshot `%s` is not bootable: status=Failed; %s", errdef.ErrConflict, tag, snap.Problem),
+				"remove it, or use the tag again")
+		}
 	}
-	return out, nil
+	return err
 }
 
 // CreateSnapshot answers POST /v1/snapshots.
@@ -53,8 +109,7 @@ func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotReques
 		} else if err != nil {
 			return wire.Snapshot{}, err
 		}
-		names, err := s.imageNames()
-		return s.snapshotOf(snap, names), err
+		return s.describe(snap)
 	}
 	if wantsLines(ctx) {
 		return lines{ctx, func(ctx context.Context) (any, error) { return create(ctx) }}, nil
@@ -85,103 +140,118 @@ func (s *server) DeleteSnapshot(ctx context.Context, r wire.DeleteSnapshotReques
 		return nil, err
 	}
 	if r.Params.Cascade && r.Params.Force {
-		return nil, fmt.Errorf("%w: force and cascade are mutually exclusive", errdef.ErrInvalid)
+		return nil, fmt.Errorf("%w: force and cascade are mutually exclusive — choose one", errdef.ErrInvalid)
 	}
 	snap, err := s.Snapshots.Resolve(r.Tag)
+	if errors.Is(err, errdef.ErrNotFound) {
+		return wire.DeleteSnapshot204Response{}, s.forget(r.Tag, err)
+	}
 	if err != nil && !errors.Is(err, errdef.ErrUnavailable) { // what is damaged can be removed
 		return nil, err
 	}
-	all, err := s.Snapshots.List()
-	if err != nil {
-		return nil, err
-	}
-	tags := dependents(snap.Digest, all)
-	if len(tags) > 0 && !r.Params.Cascade && !r.Params.Force {
-		return nil, errdef.WithHint(
-			fmt.Errorf("%w: snapshot %s is the parent of %s", errdef.ErrConflict, r.Tag, strings.Join(tags, ", ")),
-			"use cascade=true to remove those as well, or force=true to leave them")
-	}
-	if r.Params.Cascade {
-		for _, tag := range slices.Backward(tags) {
-			if err := s.Snapshots.Remove(ctx, tag); err != nil {
-				return nil, err
-			}
+	if !r.Params.Force {
+		if err := s.clear(ctx, snap, r.Params.Cascade); err != nil {
+			return nil, err
 		}
 	}
 	return wire.DeleteSnapshot204Response{}, s.Snapshots.Remove(ctx, r.Tag)
 }
 
-// dependents are the tags of what was made from the snapshot, directly or not,
-// each after the one it was made from.
-func dependents(digest string, all []snapshot.Snapshot) []string {
-	var tags []string
-	seen := map[string]bool{"": true, digest: true}
-	for queue := []string{digest}; len(queue) > 0; queue = queue[1:] {
-		for _, s := range all {
-			if s.Manifest.Parent != queue[0] || queue[0] == "" {
-				continue
-			}
-			tags = append(tags, s.Tag)
-			if !seen[s.Digest] {
-				seen[s.Digest] = true
-				queue = append(queue, s.Digest)
-			}
-		}
+// forget removes a branch that came to nothing.
+func (s *server) forget(tag string, missing error) error {
+	if s.Sandboxes.ForgetBranch(tag) {
+		return nil
 	}
-	return tags
+	return s.notReady(tag, missing)
 }
 
-// ancestors are the tags, or digests, of what the snapshot was made from, the
-// oldest first.
-func ancestors(snap snapshot.Snapshot, all []snapshot.Snapshot) []string {
-	byDigest := make(map[string]snapshot.Snapshot, len(all))
-	for _, s := range all {
-		byDigest[s.Digest] = s
+// clear removes what was made from a snapshot that is to be removed, the last
+// first, or fails if there is anything.
+func (s *server) clear(ctx context.Context, snap snapshot.Snapshot, cascade bool) error {
+	if snap.Digest == "" { // too damaged to have anything made from it
+		return nil
 	}
-	names := []string{}
-	for parent := snap.Manifest.Parent; parent != "" && len(names) <= len(all); parent = byDigest[parent].Manifest.Parent {
-		name := byDigest[parent].Tag
-		if name == "" {
-			name = parent
+	tags, err := s.Snapshots.Dependents(snap.Digest)
+	if err != nil {
+		return err
+	}
+	if !cascade && len(tags) > 0 {
+		if again, listErr := s.hasOtherTag(snap); listErr != nil || again {
+			return listErr // if it has, it loses a name and no more
 		}
-		names = append(names, name)
+		return errdef.WithHint(fmt.Errorf("%w: snapshot `%s` is the parent of %d chained snapshot(s): [%s]; rerun with `?cascade=true` "+
+			"to delete the whole subtree, or `?force=true` to remove its tag alone (the children keep working)",
+			errdef.ErrConflict, snap.Tag, len(tags), strings.Join(tags, ", ")),
+			"tine snapshot rm --cascade, or --force, "+snap.Tag)
 	}
-	slices.Reverse(names)
-	return names
+	for _, tag := range slices.Backward(tags) {
+		if err := s.Snapshots.Remove(ctx, tag); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// hasOtherTag reports whether a snapshot has another tag than this.
+func (s *server) hasOtherTag(snap snapshot.Snapshot) (bool, error) {
+	all, err := s.Snapshots.List()
+	return slices.ContainsFunc(all, func(other snapshot.Snapshot) bool {
+		return other.Digest == snap.Digest && other.Tag != snap.Tag
+	}), err
 }
 
 // GetSnapshotInfo answers GET /v1/snapshots/{tag}/info.
 func (s *server) GetSnapshotInfo(_ context.Context, r wire.GetSnapshotInfoRequestObject) (wire.GetSnapshotInfoResponseObject, error) {
 	snap, err := s.Snapshots.Resolve(r.Tag)
+	if errors.Is(err, errdef.ErrNotFound) {
+		err = s.notReady(r.Tag, err)
+	}
 	if err != nil {
 		return nil, err
 	}
-	names, err := s.imageNames()
+	known, err := s.names()
 	if err != nil {
 		return nil, err
 	}
-	all, err := s.Snapshots.List()
-	if err != nil {
-		return nil, err
-	}
-	physical, err := allocated(snap.MemoryPath())
-	if err != nil {
-		return nil, fmt.Errorf("measure snapshot %s: %w", r.Tag, err)
-	}
-	m, parents := snap.Manifest, ancestors(snap, all)
+	m, snapOut := snap.Manifest, s.snapshotOf(snap, known)
 	d := wire.SnapshotDetail{
-		Tag: snap.Tag, Dir: snap.Dir(), Digest: snap.Digest, CreatedAtUnix: snap.CreatedAt.Unix(),
-		MemoryLogicalBytes: m.Memory.Size, MemoryPhysicalBytes: physical, VmstateBytes: m.Device.Size,
-		ParentContentHash: m.Parent, ChainDepth: len(parents), Ancestors: parents, Dependents: list(dependents(snap.Digest, all)),
-		Image: names[m.Image], ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion,
+		Tag: snap.Tag, Dir: snap.Dir(), Digest: snap.Digest, CreatedAtUnix: snapOut.CreatedAtUnix,
+		MemoryLogicalBytes: int64(m.Machine.MemoryMiB) << 20, MemoryPhysicalBytes: snapOut.MemoryPhysicalBytes, VmstateBytes: m.Device.Size,
+		ParentContentHash: m.Parent, ParentTag: snapOut.ParentTag, Follows: snap.Follows, Auto: snap.Auto,
+		BranchedFrom: snap.BranchedFrom, Mode: snap.Mode, PauseMS: snapOut.PauseMS, DiffMS: snap.DiffMS,
+		DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
+		Image: snapOut.Image, ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion,
 		MemoryMiB: m.Machine.MemoryMiB, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
-		BootMS: snap.BootMS, SnapshotMS: snap.SnapshotMS, Warning: snap.Warning,
-		Sandboxes: s.sandboxesOf(snap), Pool: s.poolOf(r.Tag),
+		BootMS: snap.BootMS, SnapshotMS: snap.SnapshotMS, Warning: snapOut.Warning,
+		Sandboxes: s.sandboxesOf(snap), Pool: *snapOut.Pool,
 	}
-	if len(parents) > 0 {
-		d.ParentTag = parents[len(parents)-1]
+	if err = s.relate(&d, snap, known.tags); err != nil {
+		return nil, err
 	}
 	return wire.GetSnapshotInfo200JSONResponse(d), nil
+}
+
+// relate adds what a snapshot has to do with others.
+func (s *server) relate(d *wire.SnapshotDetail, snap snapshot.Snapshot, tags map[string]string) error {
+	chain, err := s.Snapshots.Chain(snap)
+	if err != nil {
+		return err
+	}
+	dependents, err := s.Snapshots.Dependents(snap.Digest)
+	if err != nil {
+		return err
+	}
+	d.Dependents, d.Ancestors, d.ChainDepth = list(dependents), []string{}, len(chain)-1
+	for _, a := range chain[:len(chain)-1] {
+		d.Ancestors = append(d.Ancestors, cmp.Or(tags[a.Digest], a.Digest))
+	}
+	if path := s.memoryPath(snap); path == snap.FlatPath() {
+		d.Flat = true
+		if physical, sizeErr := allocated(path); sizeErr == nil { // else it is gone again
+			d.FlatPhysicalBytes = physical
+		}
+	}
+	return nil
 }
 
 func (s *server) sandboxesOf(snap snapshot.Snapshot) []string {
@@ -261,22 +331,74 @@ func (s *server) imageNames() (map[string]string, error) {
 	return names, nil
 }
 
-func (s *server) snapshotOf(snap snapshot.Snapshot, names map[string]string) wire.Snapshot {
+// names are what a person calls images and snapshots, by their digests.
+type names struct{ images, tags map[string]string }
+
+func (s *server) names() (names, error) {
+	images, err := s.imageNames()
+	if err != nil {
+		return names{}, err
+	}
+	snaps, err := s.Snapshots.List()
+	return names{images: images, tags: tagsOf(snaps)}, err
+}
+
+// tagsOf are the tags of snapshots by their digests. Of several the first
+// stands for all.
+func tagsOf(snaps []snapshot.Snapshot) map[string]string {
+	tags := make(map[string]string, len(snaps))
+	for _, snap := range slices.Backward(snaps) {
+		if snap.Digest != "" {
+			tags[snap.Digest] = snap.Tag
+		}
+	}
+	return tags
+}
+
+// describe is snapshotOf for one snapshot.
+func (s *server) describe(snap snapshot.Snapshot) (wire.Snapshot, error) {
+	known, err := s.names()
+	return s.snapshotOf(snap, known), err
+}
+
+func (s *server) snapshotOf(snap snapshot.Snapshot, known names) wire.Snapshot {
 	m, pool := snap.Manifest, s.poolOf(snap.Tag)
 	out := wire.Snapshot{
 		Tag: snap.Tag, Dir: snap.Dir(), CreatedAtUnix: max(snap.CreatedAt.Unix(), 0), BranchedFrom: snap.BranchedFrom,
 		Status: wire.SnapshotStatus(snap.Status), Bootable: snap.Status == snapshot.StatusReady,
-		Digest: snap.Digest, Image: names[m.Image], ImageDigest: m.Image, Engine: m.Engine,
-		MemoryMiB: m.Machine.MemoryMiB, VCPUs: m.Machine.VCPUs, PauseMS: snap.SnapshotMS, Pool: &pool,
+		Digest: snap.Digest, Image: known.images[m.Image], ImageDigest: m.Image, Engine: m.Engine,
+		MemoryMiB: m.Machine.MemoryMiB, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,
+		PauseMS: cmp.Or(int64(math.Ceil(snap.PauseMS)), snap.SnapshotMS), Mode: snap.Mode, Auto: snap.Auto,
+		DiffMS: snap.DiffMS, DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
+		ParentDigest: m.Parent, ParentTag: known.tags[m.Parent], ChainDepth: snap.Depth,
 	}
-	out.Warning = snap.Warning
 	if snap.Problem != "" {
 		out.Warning = "snapshot is not bootable: " + snap.Problem
 	}
-	if physical, err := allocated(snap.MemoryPath()); err == nil { // else it is being written, or damaged
+	if !out.Bootable { // it has no file of which anything is known
+		return out
+	}
+	if physical, err := allocated(ownMemory(snap)); err == nil { // else it is being removed
 		out.MemoryPhysicalBytes = physical
 	}
 	return out
+}
+
+// ownMemory is the file of a snapshot's own pages.
+func ownMemory(snap snapshot.Snapshot) string {
+	if snap.Manifest.Layered() {
+		return snap.LayerPath()
+	}
+	return snap.MemoryPath()
+}
+
+// memoryPath is the file of a snapshot's whole memory, where there is one, or
+// of its layer.
+func (s *server) memoryPath(snap snapshot.Snapshot) string {
+	if base, err := s.Snapshots.Base(snap); err == nil && base.Digest == snap.Digest { // else its layer is all there is
+		return base.Path
+	}
+	return ownMemory(snap)
 }
 
 // allocated is what a file takes on disk.

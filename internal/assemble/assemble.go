@@ -81,7 +81,8 @@ func (p Parts) borrow(ctx context.Context, o cli.HostOptions, use func(*daemon.D
 
 func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
 	d, end, err := p.open(ctx, o.HostOptions, daemon.Config{
-		Limits: sandbox.Limits{Sandboxes: o.MaxSandboxes}, Logger: logger(o.Log, o.Verbose),
+		Limits:       sandbox.Limits{Sandboxes: o.MaxSandboxes, Branches: o.Branches},
+		KeepBranches: o.KeepBranches, Logger: logger(o.Log, o.Verbose),
 	})
 	if err != nil {
 		return err

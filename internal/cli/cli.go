@@ -102,7 +102,8 @@ socket in the state directory. With --local they start one for themselves.`,
 	root.AddCommand(
 		a.demoCommand(), a.serveCommand(), a.imageCommand(), a.snapshotCommand(),
 		a.forkCommand(), a.lsCommand(), a.execCommand(), a.runCommand(), a.evalCommand(), a.psCommand(),
-		a.cpCommand(), a.rmCommand(), a.doctorCommand(), a.benchCommand(), a.versionCommand(),
+		a.branchCommand(), a.treeCommand(), a.rollbackCommand(), a.diffCommand(), a.promoteCommand(),
+		a.suspendCommand(), a.resumeCommand(), a.workspaceCommand(), a.cpCommand(), a.rmCommand(), a.doctorCommand(), a.benchCommand(), a.versionCommand(),
 	)
 	return root
 }

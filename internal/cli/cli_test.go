@@ -26,7 +26,7 @@ const spec = "../../api/openapi.yaml"
 func fakes(getenv func(string) string) cli.Deps {
 	return cli.Deps{
 		Serve: func(ctx context.Context, o cli.ServeOptions) error {
-			_, err := fmt.Fprintf(o.Log, "serve listen=%s socket=%s pool=%v verbose=%v engine=%s\n", o.Listen, o.Socket, o.Pool, o.Verbose, o.Engine)
+			_, err := fmt.Fprintf(o.Log, "serve listen=%s socket=%s pool=%v verbose=%v engine=%s branches=%d\n", o.Listen, o.Socket, o.Pool, o.Verbose, o.Engine, o.Branches)
 			o.Ready([]string{o.Listen})
 			if o.Listen == "wait" {
 				<-ctx.Done()

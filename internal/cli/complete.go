@@ -50,6 +50,26 @@ func (a *app) completeSnapshots(cmd *cobra.Command, _ []string, _ string) ([]cob
 	})
 }
 
+// completeNodes completes what a node can be named by, digests aside.
+func (a *app) completeNodes(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	tags, _ := a.completeSnapshots(cmd, args, word)
+	ids, directive := a.completeSandboxes(cmd, args, word)
+	return append(tags, ids...), directive
+}
+
+func (a *app) completeWorkspaces(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+	return a.complete(cmd.Context(), func(ctx context.Context, c *client.Client) (names []string) {
+		all, err := c.Workspaces(ctx)
+		if err != nil {
+			return nil // a shell has nowhere to show it
+		}
+		for _, w := range all {
+			names = append(names, cobra.CompletionWithDesc(w.Name, string(w.Status)))
+		}
+		return names
+	})
+}
+
 func (a *app) completeImages(cmd *cobra.Command, _ []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	return a.complete(cmd.Context(), func(ctx context.Context, c *client.Client) (names []string) {
 		images, err := c.Images(ctx)
@@ -70,6 +90,16 @@ func (a *app) completeFirst(f completer) completer {
 			return nil, cobra.ShellCompDirectiveDefault
 		}
 		return f(cmd, args, word)
+	}
+}
+
+// completeEach completes each argument in its own way.
+func (a *app) completeEach(by ...completer) completer {
+	return func(cmd *cobra.Command, args []string, word string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if len(args) >= len(by) {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return by[len(args)](cmd, args, word)
 	}
 }
 

@@ -15,7 +15,8 @@ import (
 func (a *app) serveCommand() *cobra.Command {
 	var opts ServeOptions
 	var pools []string
-	cmd := &cobra.Command{
+	var cmd *cobra.Command
+	cmd = &cobra.Command{
 		Use:   "serve",
 		Short: "Run the daemon",
 		Long: `Serve runs the daemon until it is interrupted. It answers on a unix socket in
@@ -30,6 +31,12 @@ no authorisation yet.`,
 			if opts.Pool, err = parsePools(pools); err != nil {
 				return err
 			}
+			if opts.KeepBranches < 0 {
+				return fmt.Errorf("%w: --keep-branches %d", errdef.ErrInvalid, opts.KeepBranches)
+			}
+			if opts.Branches < 0 || (opts.Branches == 0 && cmd.Flags().Changed("branch-concurrency")) {
+				return fmt.Errorf("%w: --branch-concurrency must be at least 1", errdef.ErrInvalid)
+			}
 			return a.serve(ctx, opts)
 		}),
 	}
@@ -37,6 +44,8 @@ no authorisation yet.`,
 	f.StringVar(&opts.Listen, "listen", "127.0.0.1:8889", "TCP address to answer on, or none if empty")
 	f.StringArrayVar(&pools, "pool", nil, "keep warm forks parked: `TAG=N`; may be repeated")
 	f.IntVar(&opts.MaxSandboxes, "max-sandboxes", 0, "refuse more sandboxes than `N`, parked ones included (default 1024)")
+	f.IntVar(&opts.Branches, "branch-concurrency", 0, "take or write at most `N` branches at once (default 4)")
+	f.IntVar(&opts.KeepBranches, "keep-branches", 0, "keep the last `N` branches without a name of each sandbox (default all)")
 	f.BoolVarP(&opts.Verbose, "verbose", "v", false, "log every request")
 	return cmd
 }

@@ -45,6 +45,12 @@ type ServeOptions struct {
 	Pool map[string]int
 	// MaxSandboxes is how many there may be; 0 is the daemon's default.
 	MaxSandboxes int
+	// Branches is how many branches may be taken or written at once; 0 is the
+	// daemon's default.
+	Branches int
+	// KeepBranches is how many branches that nobody named are kept of each
+	// sandbox; 0: all.
+	KeepBranches int
 	// Verbose logs every request.
 	Verbose bool
 	// Ready, when set, is called once the daemon answers, with the addresses

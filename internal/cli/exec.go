@@ -90,6 +90,7 @@ func dropDashes(args []string) []string {
 func (a *app) runCommand() *cobra.Command {
 	var req client.ForkRequest
 	var flags execFlags
+	var secrets []string
 	cmd := &cobra.Command{
 		Use:   "run --snapshot TAG [-it] -- COMMAND...",
 		Short: "Fork a sandbox, run a command in it, remove it",
@@ -99,9 +100,14 @@ func (a *app) runCommand() *cobra.Command {
 		Args: cobra.MinimumNArgs(1),
 	}
 	a.forkFlags(cmd, &req)
+	secretFlags(cmd, &secrets)
 	flags.add(cmd)
 	cmd.RunE = a.verb(func(ctx context.Context, args []string) error {
 		req.Cold, req.N = coldOf(cmd), 1
+		var err error
+		if req.Secrets, err = a.readSecrets(secrets); err != nil {
+			return err
+		}
 		return a.withClient(ctx, func(c *client.Client) error {
 			return a.run(ctx, c, req, dropDashes(args), flags)
 		})

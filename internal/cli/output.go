@@ -67,8 +67,11 @@ func (a *app) print(value any, t table) error {
 	return nil
 }
 
-// age says how long ago a time was.
+// age says how long ago a time was, if it is known.
 func age(unix int64) string {
+	if unix == 0 {
+		return "-"
+	}
 	d := max(time.Since(time.Unix(unix, 0)), 0)
 	switch {
 	case d < time.Minute:

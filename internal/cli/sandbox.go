@@ -33,20 +33,33 @@ func coldOf(cmd *cobra.Command) bool {
 
 func (a *app) forkCommand() *cobra.Command {
 	var req client.ForkRequest
+	var secrets []string
 	cmd := &cobra.Command{
 		Use:   "fork --snapshot TAG",
 		Short: "Fork sandboxes from a snapshot",
 		Example: `  tine fork --snapshot py -n 10
-  id=$(tine fork -q --snapshot py --lifetime 10m)`,
+  id=$(tine fork -q --snapshot py --lifetime 10m)
+  tine fork --snapshot py --idle-ttl 5m --idle-suspend
+  tine fork --snapshot py --secret TOKEN=@token.txt --secret HOME_KEY`,
 		Args: cobra.NoArgs,
 	}
 	a.forkFlags(cmd, &req)
+	secretFlags(cmd, &secrets)
 	cmd.Flags().IntVarP(&req.N, "number", "n", 1, "how many")
+	cmd.Flags().BoolVar(&req.IdleSuspend, "idle-suspend", false, "suspend a sandbox after --idle-ttl, rather than remove it")
+	cmd.Flags().BoolVar(&req.KeepSecrets, "keep-secrets", false, "forks of the sandboxes have their secrets too")
 	cmd.Flags().BoolVar(&req.Partial, "partial", false, "keep what was made although others failed")
 	cmd.RunE = a.verb(func(ctx context.Context, _ []string) error {
 		req.Cold = coldOf(cmd)
 		if req.N < 1 {
 			return fmt.Errorf("%w: -n must be at least 1", errdef.ErrInvalid)
+		}
+		if req.IdleSuspend && req.IdleTTL == 0 {
+			return fmt.Errorf("%w: --idle-suspend needs --idle-ttl", errdef.ErrInvalid)
+		}
+		var err error
+		if req.Secrets, err = a.readSecrets(secrets); err != nil {
+			return err
 		}
 		return a.withClient(ctx, func(c *client.Client) error { return a.fork(ctx, c, req) })
 	})

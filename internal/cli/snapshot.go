@@ -14,7 +14,8 @@ import (
 
 func (a *app) snapshotCommand() *cobra.Command {
 	return noun("snapshot", "Create, list and remove snapshots",
-		a.snapshotCreate(), a.snapshotLs(), a.snapshotInfo(), a.snapshotRm(), a.snapshotCheck(), a.snapshotGC(), a.snapshotPool())
+		a.snapshotCreate(), a.snapshotLs(), a.snapshotInfo(), a.snapshotRm(), a.snapshotCheck(), a.snapshotGC(), a.snapshotPool(),
+		a.snapshotCompact(), a.snapshotFlatten(), a.snapshotPrune())
 }
 
 func (a *app) snapshotCreate() *cobra.Command {
@@ -53,14 +54,17 @@ func (a *app) snapshotCreate() *cobra.Command {
 }
 
 func snapshotTable(snaps ...client.Snapshot) table {
-	t := table{header: []string{"TAG", "DIGEST", "STATUS", "IMAGE", "MEMORY", "ON DISK", "POOL", "AGE"}}
+	t := table{header: []string{"TAG", "DIGEST", "STATUS", "IMAGE", "MEMORY", "ON DISK", "DEPTH", "POOL", "AGE"}}
 	for _, s := range snaps {
 		pool := "-"
 		if s.Pool != nil && s.Pool.Size > 0 {
 			pool = fmt.Sprintf("%d/%d", s.Pool.Ready, s.Pool.Size)
 		}
-		t.add(s.Tag, short(s.Digest), string(s.Status), s.Image, fmt.Sprintf("%d MiB", s.MemoryMiB),
-			mib(s.MemoryPhysicalBytes), pool, age(s.CreatedAtUnix))
+		memory, onDisk := "-", "-" // while it is being written
+		if s.Bootable {
+			memory, onDisk = fmt.Sprintf("%d MiB", s.MemoryMiB), mib(s.MemoryPhysicalBytes)
+		}
+		t.add(s.Tag, dash(short(s.Digest)), string(s.Status), dash(s.Image), memory, onDisk, strconv.Itoa(s.ChainDepth), pool, age(s.CreatedAtUnix))
 	}
 	return t
 }
@@ -96,6 +100,18 @@ func detailTable(d client.SnapshotDetail) table {
 	t.add("machine", fmt.Sprintf("%d MiB, %d CPU", d.MemoryMiB, d.VCPUs))
 	t.add("memory", fmt.Sprintf("%s, %s on disk", mib(d.MemoryLogicalBytes), mib(d.MemoryPhysicalBytes)))
 	t.add("device state", mib(d.VmstateBytes))
+	if d.Mode != "" {
+		t.add("branch", fmt.Sprintf("of %s, %s, paused for %d ms", d.BranchedFrom, d.Mode, d.PauseMS))
+	}
+	if d.ChainDepth > 0 {
+		t.add("layers", fmt.Sprintf("%d, on %s", d.ChainDepth, strings.Join(d.Ancestors, " ")))
+	}
+	if d.Flat {
+		t.add("flat", mib(d.FlatPhysicalBytes)+" on disk")
+	}
+	if len(d.Dependents) > 0 {
+		t.add("dependents", strings.Join(d.Dependents, " "))
+	}
 	t.add("warm-up", strings.Join(d.Warmup, "; "))
 	t.add("languages", strings.Join(d.Languages, " "))
 	t.add("pool", fmt.Sprintf("%d/%d", d.Pool.Ready, d.Pool.Size))
@@ -119,7 +135,7 @@ func (a *app) snapshotRm() *cobra.Command {
 		}),
 	}
 	cmd.Flags().BoolVar(&opts.Cascade, "cascade", false, "remove the snapshots made from it as well")
-	cmd.Flags().BoolVar(&opts.Force, "force", false, "remove it although others were made from it")
+	cmd.Flags().BoolVar(&opts.Force, "force", false, "remove its tag alone although others were made from it: they go on working")
 	cmd.MarkFlagsMutuallyExclusive("cascade", "force")
 	return cmd
 }
@@ -185,6 +201,86 @@ func (a *app) snapshotGC() *cobra.Command {
 			})
 		}),
 	}
+}
+
+func (a *app) snapshotCompact() *cobra.Command {
+	var to string
+	cmd := &cobra.Command{
+		Use:               "compact TAG --to NEW",
+		Short:             "Make a snapshot that needs no other, of one that does",
+		Long:              `Compact writes the whole memory of a snapshot of layers as a new snapshot. The old one stays.`,
+		Example:           `  tine snapshot compact attempt-3 --to best`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completeFirst(a.completeSnapshots),
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			return a.longSnapshot(ctx, func(c *client.Client, report func(client.Progress)) (client.Snapshot, error) {
+				return c.Compact(ctx, args[0], to, report)
+			})
+		}),
+	}
+	cmd.Flags().StringVar(&to, "to", "", "the new snapshot's `TAG`")
+	_ = cmd.MarkFlagRequired("to") // the flag was added above
+	return cmd
+}
+
+func (a *app) snapshotFlatten() *cobra.Command {
+	return &cobra.Command{
+		Use:   "flatten TAG",
+		Short: "Keep the whole memory of a snapshot of layers beside them",
+		Long: `Flatten makes forks of a snapshot of layers as quick as those of one without, at
+the price of disk. It stays the same snapshot.`,
+		Example:           `  tine snapshot flatten attempt-3`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completeFirst(a.completeSnapshots),
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			return a.longSnapshot(ctx, func(c *client.Client, report func(client.Progress)) (client.Snapshot, error) {
+				return c.Flatten(ctx, args[0], report)
+			})
+		}),
+	}
+}
+
+func (a *app) snapshotPrune() *cobra.Command {
+	var keep int
+	var dryRun bool
+	cmd := &cobra.Command{
+		Use:   "prune --keep-last N",
+		Short: "Remove old branches whose tags nobody chose",
+		Long: `Prune removes, of each sandbox's branches whose tags nobody chose, all but the
+newest N. Branches with a tag of somebody's choice stay, and so does what a
+sandbox or another snapshot needs.`,
+		Example: `  tine snapshot prune --keep-last 5 --dry-run`,
+		Args:    cobra.NoArgs,
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				report, err := c.Prune(ctx, keep, dryRun)
+				if err != nil {
+					return err
+				}
+				return a.printPruned(report)
+			})
+		}),
+	}
+	cmd.Flags().IntVar(&keep, "keep-last", 0, "how many to keep of each sandbox's")
+	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only say what would go")
+	_ = cmd.MarkFlagRequired("keep-last") // the flag was added above
+	return cmd
+}
+
+func (a *app) printPruned(report client.PruneReport) error {
+	var t table
+	for _, tag := range report.Removed {
+		t.add(tag)
+	}
+	if err := a.print(report, t); err != nil || a.flags.quiet || a.flags.json {
+		return err
+	}
+	if report.DryRun {
+		a.notef("would free %s", mib(report.FreedBytes))
+	} else {
+		a.notef("freed %s", mib(report.FreedBytes))
+	}
+	return nil
 }
 
 func (a *app) snapshotPool() *cobra.Command {

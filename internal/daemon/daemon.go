@@ -32,6 +32,7 @@ import (
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
+	"github.com/tinevm/tine/internal/workspace"
 )
 
 // Config is what a daemon is made of.
@@ -40,6 +41,9 @@ type Config struct {
 	Engine   vmm.Engine
 	// Agent is the path of the guest agent that new images get.
 	Agent string
+	// KeepBranches is how many branches that nobody named are kept of each
+	// sandbox; zero: all.
+	KeepBranches int
 	// Twin is the command line of this program as the helper of live branches;
 	// nil: there are none.
 	Twin []string
@@ -64,6 +68,8 @@ type Daemon struct {
 	cfg     Config
 	log     *slog.Logger
 	handler http.Handler
+
+	workspaces *workspace.Store // nil when ephemeral
 	lock    *os.File // nil when ephemeral
 }
 
@@ -93,15 +99,23 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	}
 	d.Sandboxes, err = sandbox.NewManager(ctx, sandbox.Config{
 		Dir: d.path("sandboxes"), Engine: cfg.Engine, Snapshots: d.Snapshots, Images: d.Images,
-		Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
+		KeepBranches: cfg.KeepBranches, Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
 	})
 	if err != nil {
 		return nil, err
 	}
-	d.handler = api.New(api.Config{
+	u.Add(func() error { return d.Sandboxes.Close(ctx) })
+	face := api.Config{
 		Sandboxes: d.Sandboxes, Snapshots: d.Snapshots, Images: d.Images,
 		Doctor: cfg.Doctor, Version: cfg.Version, Logger: d.log,
-	})
+	}
+	if !cfg.Ephemeral { // workspaces are for longer than that
+		if d.workspaces, err = workspace.Open(ctx, d.path("workspaces"), d.Sandboxes, d.log); err != nil {
+			return nil, err
+		}
+		face.Workspaces = d.workspaces
+	}
+	d.handler = api.New(face)
 	return d, nil
 }
 
@@ -142,7 +156,11 @@ func lock(stateDir string) (*os.File, error) {
 
 // Close ends the daemon. Unless it is ephemeral its sandboxes run on.
 func (d *Daemon) Close(ctx context.Context) error {
-	err := d.Sandboxes.Close(ctx)
+	var err error
+	if d.workspaces != nil {
+		err = d.workspaces.Close()
+	}
+	err = errors.Join(err, d.Sandboxes.Close(ctx))
 	if d.lock != nil {
 		err = errors.Join(err, d.lock.Close())
 	}

@@ -47,18 +47,7 @@ func (m *Manager) recover(ctx context.Context) error {
 			errs = append(errs, fmt.Errorf("recover sandbox %s: %w", name, err))
 		}
 	}
-	return errors.Join(append(errs, m.dropOrphans())...)
-}
-
-// dropOrphans gives up what sandboxes were suspended in that are no more.
-func (m *Manager) dropOrphans() error {
-	names, err := m.Snapshots.HeldNames()
-	for _, id := range names {
-		if _, statErr := os.Lstat(m.dir(id)); isID(id) && errors.Is(statErr, fs.ErrNotExist) {
-			err = errors.Join(err, m.dropHeld(id))
-		}
-	}
-	return err
+	return errors.Join(errs...)
 }
 
 func (m *Manager) recoverOne(ctx context.Context, id string, machines []process) error {

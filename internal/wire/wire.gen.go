@@ -17,6 +17,66 @@ import (
 	"github.com/oapi-codegen/runtime"
 )
 
+// Defines values for BranchRequestMode.
+const (
+	BranchRequestModeDiff BranchRequestMode = "diff"
+	BranchRequestModeFull BranchRequestMode = "full"
+	BranchRequestModeLive BranchRequestMode = "live"
+)
+
+// Valid indicates whether the value is a known member of the BranchRequestMode enum.
+func (e BranchRequestMode) Valid() bool {
+	switch e {
+	case BranchRequestModeDiff:
+		return true
+	case BranchRequestModeFull:
+		return true
+	case BranchRequestModeLive:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for CreateSandboxesRequestIdleAction.
+const (
+	CreateSandboxesRequestIdleActionRemove  CreateSandboxesRequestIdleAction = "remove"
+	CreateSandboxesRequestIdleActionSuspend CreateSandboxesRequestIdleAction = "suspend"
+)
+
+// Valid indicates whether the value is a known member of the CreateSandboxesRequestIdleAction enum.
+func (e CreateSandboxesRequestIdleAction) Valid() bool {
+	switch e {
+	case CreateSandboxesRequestIdleActionRemove:
+		return true
+	case CreateSandboxesRequestIdleActionSuspend:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for DiffEntryChange.
+const (
+	DiffEntryChangeAdded   DiffEntryChange = "added"
+	DiffEntryChangeChanged DiffEntryChange = "changed"
+	DiffEntryChangeRemoved DiffEntryChange = "removed"
+)
+
+// Valid indicates whether the value is a known member of the DiffEntryChange enum.
+func (e DiffEntryChange) Valid() bool {
+	switch e {
+	case DiffEntryChangeAdded:
+		return true
+	case DiffEntryChangeChanged:
+		return true
+	case DiffEntryChangeRemoved:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for DoctorCheckStatus.
 const (
 	DoctorCheckStatusFail DoctorCheckStatus = "fail"
@@ -65,12 +125,31 @@ func (e FileInfoType) Valid() bool {
 	}
 }
 
+// Defines values for SandboxIdleAction.
+const (
+	SandboxIdleActionRemove  SandboxIdleAction = "remove"
+	SandboxIdleActionSuspend SandboxIdleAction = "suspend"
+)
+
+// Valid indicates whether the value is a known member of the SandboxIdleAction enum.
+func (e SandboxIdleAction) Valid() bool {
+	switch e {
+	case SandboxIdleActionRemove:
+		return true
+	case SandboxIdleActionSuspend:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for SandboxState.
 const (
-	SandboxStateCreating SandboxState = "creating"
-	SandboxStateDead     SandboxState = "dead"
-	SandboxStatePaused   SandboxState = "paused"
-	SandboxStateRunning  SandboxState = "running"
+	SandboxStateCreating  SandboxState = "creating"
+	SandboxStateDead      SandboxState = "dead"
+	SandboxStatePaused    SandboxState = "paused"
+	SandboxStateRunning   SandboxState = "running"
+	SandboxStateSuspended SandboxState = "suspended"
 )
 
 // Valid indicates whether the value is a known member of the SandboxState enum.
@@ -83,6 +162,8 @@ func (e SandboxState) Valid() bool {
 	case SandboxStatePaused:
 		return true
 	case SandboxStateRunning:
+		return true
+	case SandboxStateSuspended:
 		return true
 	default:
 		return false
@@ -125,6 +206,64 @@ func (e VersionAPI) Valid() bool {
 	}
 }
 
+// Defines values for WorkspaceStatus.
+const (
+	WorkspaceStatusRunning   WorkspaceStatus = "running"
+	WorkspaceStatusStale     WorkspaceStatus = "stale"
+	WorkspaceStatusSuspended WorkspaceStatus = "suspended"
+)
+
+// Valid indicates whether the value is a known member of the WorkspaceStatus enum.
+func (e WorkspaceStatus) Valid() bool {
+	switch e {
+	case WorkspaceStatusRunning:
+		return true
+	case WorkspaceStatusStale:
+		return true
+	case WorkspaceStatusSuspended:
+		return true
+	default:
+		return false
+	}
+}
+
+// BranchRequest How to branch.
+type BranchRequest struct {
+	// Diff An older way to say `"mode": "diff"`.
+	Diff bool `json:"diff,omitempty"`
+
+	// Live An older way to say `"mode": "live"`.
+	Live bool `json:"live,omitempty"`
+
+	// MeasureDiff Accepted; a full branch. What a diff would have been is not measured.
+	MeasureDiff bool `json:"measure_diff,omitempty"`
+
+	// Mode `full`, the default: the whole memory; the snapshot stands alone.
+	// `diff`: the pages that changed, copied while the sandbox stands still.
+	// `live`: the pages that changed, copied while it goes on.
+	Mode BranchRequestMode `json:"mode,omitempty"`
+
+	// N Fork so many sandboxes from it at once; they are in `sandboxes`.
+	N int `json:"n,omitempty"`
+
+	// ParentTag Of a diff: must be the snapshot that the sandbox was forked from.
+	ParentTag string `json:"parent_tag,omitempty"`
+
+	// Replace Move the tag if it exists.
+	Replace bool `json:"replace,omitempty"`
+
+	// Tag The new snapshot's; one is made up where it is missing.
+	Tag string `json:"tag,omitempty"`
+
+	// Wait False, of a live branch: answer 202 as soon as the sandbox goes on.
+	Wait *bool `json:"wait,omitempty"`
+}
+
+// BranchRequestMode `full`, the default: the whole memory; the snapshot stands alone.
+// `diff`: the pages that changed, copied while the sandbox stands still.
+// `live`: the pages that changed, copied while it goes on.
+type BranchRequestMode string
+
 // BuildImageRequest An image to build.
 type BuildImageRequest struct {
 	Imports []string `json:"imports,omitempty"`
@@ -152,6 +291,12 @@ type CheckReport struct {
 	Problems []CheckProblem `json:"problems"`
 }
 
+// CompactRequest A snapshot to make of another.
+type CompactRequest struct {
+	// To The new tag.
+	To string `json:"to"`
+}
+
 // CreateSandboxesRequest Sandboxes to fork.
 type CreateSandboxesRequest struct {
 	AllOrNothing *bool `json:"all_or_nothing,omitempty"`
@@ -159,8 +304,14 @@ type CreateSandboxesRequest struct {
 	// Hugepages Accepted and ignored.
 	Hugepages bool `json:"hugepages,omitempty"`
 
-	// IdleTTLSecs Remove a sandbox that is unused for so long.
-	IdleTTLSecs float64           `json:"idle_ttl_secs,omitempty"`
+	// IdleAction What becomes of it then.
+	IdleAction CreateSandboxesRequestIdleAction `json:"idle_action,omitempty"`
+
+	// IdleTTLSecs Remove, or suspend, a sandbox that is unused for so long.
+	IdleTTLSecs float64 `json:"idle_ttl_secs,omitempty"`
+
+	// KeepSecrets Forks of the sandbox have its secrets too.
+	KeepSecrets bool              `json:"keep_secrets,omitempty"`
 	Labels      map[string]string `json:"labels,omitempty"`
 
 	// LifetimeSecs Remove a sandbox when it is this old.
@@ -180,9 +331,16 @@ type CreateSandboxesRequest struct {
 	// Prewarm Accepted; every fork shares the snapshot's memory.
 	Prewarm bool `json:"prewarm,omitempty"`
 
+	// Secrets Files under `/run/tine/secrets` of the sandbox, by name. They are
+	// never told to anybody, and a fork of the sandbox does not have them.
+	Secrets map[string]string `json:"secrets,omitempty"`
+
 	// SnapshotTag A snapshot's tag or digest.
 	SnapshotTag string `json:"snapshot_tag"`
 }
+
+// CreateSandboxesRequestIdleAction What becomes of it then.
+type CreateSandboxesRequestIdleAction string
 
 // CreateSnapshotRequest A snapshot to make.
 type CreateSnapshotRequest struct {
@@ -207,6 +365,51 @@ type CreateSnapshotRequest struct {
 	// Warmup Commands to run, each by `sh -c`, after the image's own.
 	Warmup []string `json:"warmup,omitempty"`
 }
+
+// CreateWorkspaceRequest A workspace to make.
+type CreateWorkspaceRequest struct {
+	MemoryLimitMiB *int64 `json:"memory_limit_mib,omitempty"`
+
+	// Name 1 to 64 letters, digits, dashes and underscores.
+	Name string `json:"name"`
+
+	// PerChildNetns Not served yet.
+	PerChildNetns bool `json:"per_child_netns,omitempty"`
+
+	// SnapshotTag A snapshot's tag or digest.
+	SnapshotTag string `json:"snapshot_tag"`
+}
+
+// Diff In what two nodes differ.
+type Diff struct {
+	A     string      `json:"a"`
+	B     string      `json:"b"`
+	Files []DiffEntry `json:"files"`
+
+	// Pages How many pages of memory differ.
+	Pages      int64 `json:"pages"`
+	TotalPages int64 `json:"total_pages"`
+
+	// Truncated There are more files than were looked at.
+	Truncated bool `json:"truncated"`
+}
+
+// DiffEntry A path that differs.
+type DiffEntry struct {
+	// After Size in bytes.
+	After int64 `json:"after"`
+
+	// Before Size in bytes.
+	Before int64           `json:"before"`
+	Change DiffEntryChange `json:"change"`
+	Path   string          `json:"path"`
+
+	// What Of a change: content, mode, owner, kind or target.
+	What string `json:"what,omitempty"`
+}
+
+// DiffEntryChange defines model for DiffEntry.Change.
+type DiffEntryChange string
 
 // DoctorCheck One thing that was examined.
 type DoctorCheck struct {
@@ -362,6 +565,32 @@ type MoveRequest struct {
 	To   string `json:"to"`
 }
 
+// Node A snapshot in the tree.
+type Node struct {
+	Auto         bool   `json:"auto"`
+	BranchedFrom string `json:"branched_from,omitempty"`
+	ChainDepth   int    `json:"chain_depth"`
+
+	// CreatedAtUnix 0 where no tag says.
+	CreatedAtUnix int64  `json:"created_at_unix"`
+	Digest        string `json:"digest"`
+
+	// DiskBytes What it takes on disk itself, without those under it.
+	DiskBytes int64  `json:"disk_bytes"`
+	Mode      string `json:"mode,omitempty"`
+
+	// Parent The digest of the node that it came after, or empty.
+	Parent string `json:"parent"`
+
+	// Sandboxes The sandboxes that came from it and were not branched since.
+	Sandboxes []string `json:"sandboxes"`
+
+	// Tag The first of its tags, or empty.
+	Tag     string   `json:"tag"`
+	Tags    []string `json:"tags"`
+	Warning string   `json:"warning,omitempty"`
+}
+
 // PTYSize A terminal's size.
 type PTYSize struct {
 	Cols int `json:"cols"`
@@ -434,6 +663,36 @@ type ProgressLine struct {
 	Result json.RawMessage `json:"result,omitempty"`
 }
 
+// PromoteRequest A node to give a tag to.
+type PromoteRequest struct {
+	// From A tag, a digest or a sandbox's id.
+	From string `json:"from"`
+}
+
+// PruneReport What was removed, or would be.
+type PruneReport struct {
+	DryRun     bool  `json:"dry_run"`
+	FreedBytes int64 `json:"freed_bytes"`
+
+	// Removed Tags.
+	Removed []string `json:"removed"`
+}
+
+// PruneRequest What to keep.
+type PruneRequest struct {
+	// DryRun Only say what would go.
+	DryRun bool `json:"dry_run,omitempty"`
+
+	// KeepLast How many branches of each sandbox whose tags nobody chose.
+	KeepLast *int `json:"keep_last"`
+}
+
+// RollbackRequest Where to go back to.
+type RollbackRequest struct {
+	// To A node's tag or digest.
+	To string `json:"to"`
+}
+
 // Sandbox A running fork.
 type Sandbox struct {
 	BranchCount   int    `json:"branch_count"`
@@ -452,18 +711,26 @@ type Sandbox struct {
 	FromPool    bool    `json:"from_pool,omitempty"`
 	GuestAddr   string  `json:"guest_addr"`
 	HasBranched bool    `json:"has_branched"`
-	Hint        string  `json:"hint,omitempty"`
-	ID          string  `json:"id"`
+
+	// Head The digest of the node that it came after: its last branch, or what it was forked from or put back to.
+	Head string `json:"head,omitempty"`
+	Hint string `json:"hint,omitempty"`
+	ID   string `json:"id"`
+
+	// IdleAction What idleness does to it; absent without `idle_ttl_secs`.
+	IdleAction SandboxIdleAction `json:"idle_action,omitempty"`
 
 	// IdleTTLSecs Absent when idleness does not end it.
-	IdleTTLSecs          float64           `json:"idle_ttl_secs,omitempty"`
-	Labels               map[string]string `json:"labels,omitempty"`
-	LastActiveUnix       int64             `json:"last_active_unix,omitempty"`
-	LastBranchMemoryPath *string           `json:"last_branch_memory_path"`
-	MemoryLimitMiB       *int64            `json:"memory_limit_mib"`
-	MemoryMiB            int               `json:"memory_mib,omitempty"`
-	Netns                *string           `json:"netns"`
-	PID                  *int              `json:"pid"`
+	IdleTTLSecs    float64           `json:"idle_ttl_secs,omitempty"`
+	Labels         map[string]string `json:"labels,omitempty"`
+	LastActiveUnix int64             `json:"last_active_unix,omitempty"`
+
+	// LastBranchMemoryPath The memory, or the layer, of its last branch, while that is there.
+	LastBranchMemoryPath *string `json:"last_branch_memory_path"`
+	MemoryLimitMiB       *int64  `json:"memory_limit_mib"`
+	MemoryMiB            int     `json:"memory_mib,omitempty"`
+	Netns                *string `json:"netns"`
+	PID                  *int    `json:"pid"`
 
 	// PrivateBytes Memory that is its own; only where one sandbox is asked for.
 	PrivateBytes int64 `json:"private_bytes,omitempty"`
@@ -478,6 +745,9 @@ type Sandbox struct {
 	State          SandboxState `json:"state,omitempty"`
 	VCPUs          int          `json:"vcpus,omitempty"`
 }
+
+// SandboxIdleAction What idleness does to it; absent without `idle_ttl_secs`.
+type SandboxIdleAction string
 
 // SandboxState defines model for Sandbox.State.
 type SandboxState string
@@ -495,11 +765,24 @@ type SignalRequest struct {
 
 // Snapshot A machine, warmed up and frozen.
 type Snapshot struct {
-	Bootable          bool   `json:"bootable"`
-	BranchedFrom      string `json:"branched_from,omitempty"`
-	CreatedAtUnix     int64  `json:"created_at_unix"`
-	DiffLogicalBytes  int64  `json:"diff_logical_bytes,omitempty"`
-	DiffMS            int64  `json:"diff_ms,omitempty"`
+	// Auto Nobody chose its tag: prune may remove it.
+	Auto     bool `json:"auto,omitempty"`
+	Bootable bool `json:"bootable"`
+
+	// BranchedFrom The sandbox that it was taken of, or `compact:` and the snapshot that it was made from.
+	BranchedFrom string `json:"branched_from,omitempty"`
+
+	// ChainDepth How many layers its memory is made of, above a whole one; absent for a whole one.
+	ChainDepth    int   `json:"chain_depth,omitempty"`
+	CreatedAtUnix int64 `json:"created_at_unix"`
+
+	// DiffLogicalBytes How much its pages, of a layer those that differ, hold.
+	DiffLogicalBytes int64 `json:"diff_logical_bytes,omitempty"`
+
+	// DiffMS How long it took to find and write what differs.
+	DiffMS int64 `json:"diff_ms,omitempty"`
+
+	// DiffPhysicalBytes What its pages, of a layer those that differ, took on disk.
 	DiffPhysicalBytes int64  `json:"diff_physical_bytes,omitempty"`
 	Digest            string `json:"digest,omitempty"`
 	Dir               string `json:"dir"`
@@ -508,16 +791,28 @@ type Snapshot struct {
 	ImageDigest       string `json:"image_digest,omitempty"`
 	MemoryMiB         int    `json:"memory_mib,omitempty"`
 
-	// MemoryPhysicalBytes What the memory image takes on disk.
+	// MemoryPhysicalBytes What its own memory or layer takes on disk.
 	MemoryPhysicalBytes int64 `json:"memory_physical_bytes,omitempty"`
-	PauseMS             int64 `json:"pause_ms,omitempty"`
+
+	// Mode How the memory of a branch was taken: `full`, `diff` or `live`.
+	Mode         string `json:"mode,omitempty"`
+	ParentDigest string `json:"parent_digest,omitempty"`
+
+	// ParentTag The snapshot whose memory this one's pages are laid over.
+	ParentTag string `json:"parent_tag,omitempty"`
+
+	// PauseMS How long the sandbox stood still.
+	PauseMS int64 `json:"pause_ms,omitempty"`
 
 	// Pool The warm forks of a snapshot.
-	Pool    *Pool          `json:"pool,omitempty"`
-	Status  SnapshotStatus `json:"status"`
-	Tag     string         `json:"tag"`
-	VCPUs   int            `json:"vcpus,omitempty"`
-	Warning string         `json:"warning,omitempty"`
+	Pool *Pool `json:"pool,omitempty"`
+
+	// Sandboxes What was forked from a branch at once, where its request has `n`.
+	Sandboxes []Sandbox      `json:"sandboxes,omitempty"`
+	Status    SnapshotStatus `json:"status"`
+	Tag       string         `json:"tag"`
+	VCPUs     int            `json:"vcpus,omitempty"`
+	Warning   string         `json:"warning,omitempty"`
 }
 
 // SnapshotStatus defines model for Snapshot.Status.
@@ -525,27 +820,58 @@ type SnapshotStatus string
 
 // SnapshotDetail All that is known of a snapshot.
 type SnapshotDetail struct {
+	// Ancestors What its memory is made of, root first. One without a tag has its digest.
 	Ancestors []string `json:"ancestors"`
 
+	// Auto Nobody chose its tag: prune may remove it.
+	Auto bool `json:"auto,omitempty"`
+
 	// BootMS How long boot and warm-up took.
-	BootMS        int64    `json:"boot_ms,omitempty"`
-	ChainDepth    int      `json:"chain_depth"`
-	CreatedAtUnix int64    `json:"created_at_unix"`
-	Dependents    []string `json:"dependents"`
-	Digest        string   `json:"digest"`
-	Dir           string   `json:"dir"`
-	Engine        string   `json:"engine"`
-	EngineVersion string   `json:"engine_version"`
-	Image         string   `json:"image,omitempty"`
-	ImageDigest   string   `json:"image_digest"`
+	BootMS       int64  `json:"boot_ms,omitempty"`
+	BranchedFrom string `json:"branched_from,omitempty"`
+
+	// ChainDepth How many layers its memory is made of, above a whole one.
+	ChainDepth    int   `json:"chain_depth"`
+	CreatedAtUnix int64 `json:"created_at_unix"`
+
+	// Dependents The tags of what was made from it.
+	Dependents        []string `json:"dependents"`
+	DiffLogicalBytes  int64    `json:"diff_logical_bytes,omitempty"`
+	DiffMS            int64    `json:"diff_ms,omitempty"`
+	DiffPhysicalBytes int64    `json:"diff_physical_bytes,omitempty"`
+	Digest            string   `json:"digest"`
+	Dir               string   `json:"dir"`
+	Engine            string   `json:"engine"`
+	EngineVersion     string   `json:"engine_version"`
+
+	// Flat The whole memory is kept beside the layers, so that forks need not put it together.
+	Flat bool `json:"flat"`
+
+	// FlatPhysicalBytes What that takes on disk.
+	FlatPhysicalBytes int64 `json:"flat_physical_bytes,omitempty"`
+
+	// Follows The digest of what it came after in its sandbox's history.
+	Follows     string `json:"follows,omitempty"`
+	Image       string `json:"image,omitempty"`
+	ImageDigest string `json:"image_digest"`
 
 	// Languages Those with a warm interpreter.
-	Languages           []string `json:"languages"`
-	MemoryLogicalBytes  int64    `json:"memory_logical_bytes"`
-	MemoryMiB           int      `json:"memory_mib"`
-	MemoryPhysicalBytes int64    `json:"memory_physical_bytes"`
-	ParentContentHash   string   `json:"parent_content_hash,omitempty"`
-	ParentTag           string   `json:"parent_tag,omitempty"`
+	Languages []string `json:"languages"`
+
+	// MemoryLogicalBytes The machine's memory.
+	MemoryLogicalBytes int64 `json:"memory_logical_bytes"`
+	MemoryMiB          int   `json:"memory_mib"`
+
+	// MemoryPhysicalBytes What its own memory or layer takes on disk.
+	MemoryPhysicalBytes int64  `json:"memory_physical_bytes"`
+	Mode                string `json:"mode,omitempty"`
+
+	// ParentContentHash That one's digest.
+	ParentContentHash string `json:"parent_content_hash,omitempty"`
+
+	// ParentTag The snapshot whose memory this one's pages are laid over.
+	ParentTag string `json:"parent_tag,omitempty"`
+	PauseMS   int64  `json:"pause_ms,omitempty"`
 
 	// Pool The warm forks of a snapshot.
 	Pool Pool `json:"pool"`
@@ -617,6 +943,17 @@ type StreamStarted struct {
 	PID int `json:"pid"`
 }
 
+// SuspendWorkspaceRequest How to suspend.
+type SuspendWorkspaceRequest struct {
+	// Diff Accepted; only what changed is written in any case.
+	Diff bool `json:"diff,omitempty"`
+}
+
+// Tree All snapshots, and how they came about.
+type Tree struct {
+	Nodes []Node `json:"nodes"`
+}
+
 // Version What a daemon is.
 type Version struct {
 	API     VersionAPI `json:"api"`
@@ -625,6 +962,32 @@ type Version struct {
 
 // VersionAPI defines model for Version.API.
 type VersionAPI string
+
+// Workspace A sandbox with a name, that is suspended and resumed by it.
+type Workspace struct {
+	CreatedAtUnix int64 `json:"created_at_unix"`
+
+	// CurrentStateTag Of a suspended one, a name for its state, for display only.
+	CurrentStateTag      string `json:"current_state_tag,omitempty"`
+	ID                   string `json:"id"`
+	LastActiveUnix       int64  `json:"last_active_unix"`
+	LastBranchMemoryPath string `json:"last_branch_memory_path,omitempty"`
+
+	// LiveSandboxID Its sandbox, where that runs.
+	LiveSandboxID  string `json:"live_sandbox_id,omitempty"`
+	MemoryLimitMiB int64  `json:"memory_limit_mib,omitempty"`
+	Name           string `json:"name"`
+
+	// SandboxID Its sandbox, running or not.
+	SandboxID         string `json:"sandbox_id"`
+	SourceSnapshotTag string `json:"source_snapshot_tag"`
+
+	// Status `stale`: its sandbox is gone or dead.
+	Status WorkspaceStatus `json:"status"`
+}
+
+// WorkspaceStatus `stale`: its sandbox is gone or dead.
+type WorkspaceStatus string
 
 // ImageName defines model for ImageName.
 type ImageName = string
@@ -637,6 +1000,18 @@ type SandboxID = string
 
 // Tag defines model for Tag.
 type Tag = string
+
+// WorkspaceName defines model for WorkspaceName.
+type WorkspaceName = string
+
+// GetDiffParams defines parameters for GetDiff.
+type GetDiffParams struct {
+	// A A tag, a digest or a sandbox's id.
+	A string `form:"a" json:"a"`
+
+	// B A tag, a digest or a sandbox's id.
+	B string `form:"b" json:"b"`
+}
 
 // RemoveFileParams defines parameters for RemoveFile.
 type RemoveFileParams struct {
@@ -682,7 +1057,7 @@ type DeleteSnapshotParams struct {
 	// Cascade Remove the snapshots that were made from it as well.
 	Cascade bool `form:"cascade,omitempty" json:"cascade,omitempty"`
 
-	// Force Remove it although other snapshots were made from it.
+	// Force Remove its tag alone. What was made from it goes on working: its bytes stay for as long as something needs them.
 	Force bool `form:"force,omitempty" json:"force,omitempty"`
 }
 
@@ -691,6 +1066,9 @@ type BuildImageJSONRequestBody = BuildImageRequest
 
 // CreateSandboxesJSONRequestBody defines body for CreateSandboxes for application/json ContentType.
 type CreateSandboxesJSONRequestBody = CreateSandboxesRequest
+
+// BranchSandboxJSONRequestBody defines body for BranchSandbox for application/json ContentType.
+type BranchSandboxJSONRequestBody = BranchRequest
 
 // EvalSandboxJSONRequestBody defines body for EvalSandbox for application/json ContentType.
 type EvalSandboxJSONRequestBody = EvalRequest
@@ -707,17 +1085,38 @@ type MoveFileJSONRequestBody = MoveRequest
 // SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
 type SignalProcessJSONRequestBody = SignalRequest
 
+// RollbackSandboxJSONRequestBody defines body for RollbackSandbox for application/json ContentType.
+type RollbackSandboxJSONRequestBody = RollbackRequest
+
 // CreateSnapshotJSONRequestBody defines body for CreateSnapshot for application/json ContentType.
 type CreateSnapshotJSONRequestBody = CreateSnapshotRequest
 
+// PruneSnapshotsJSONRequestBody defines body for PruneSnapshots for application/json ContentType.
+type PruneSnapshotsJSONRequestBody = PruneRequest
+
+// CompactSnapshotJSONRequestBody defines body for CompactSnapshot for application/json ContentType.
+type CompactSnapshotJSONRequestBody = CompactRequest
+
 // SetPoolJSONRequestBody defines body for SetPool for application/json ContentType.
 type SetPoolJSONRequestBody = SetPoolRequest
+
+// PromoteSnapshotJSONRequestBody defines body for PromoteSnapshot for application/json ContentType.
+type PromoteSnapshotJSONRequestBody = PromoteRequest
+
+// CreateWorkspaceJSONRequestBody defines body for CreateWorkspace for application/json ContentType.
+type CreateWorkspaceJSONRequestBody = CreateWorkspaceRequest
+
+// SuspendWorkspaceJSONRequestBody defines body for SuspendWorkspace for application/json ContentType.
+type SuspendWorkspaceJSONRequestBody = SuspendWorkspaceRequest
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
 	// GetHealth Say that the daemon is up
 	// (GET /healthz)
 	GetHealth(w http.ResponseWriter, r *http.Request)
+	// GetDiff Say in what two nodes differ
+	// (GET /v1/diff)
+	GetDiff(w http.ResponseWriter, r *http.Request, params GetDiffParams)
 	// GetDoctor Examine the daemon's host
 	// (GET /v1/doctor)
 	GetDoctor(w http.ResponseWriter, r *http.Request)
@@ -745,6 +1144,9 @@ type ServerInterface interface {
 	// GetSandbox Describe a sandbox
 	// (GET /v1/sandboxes/{id})
 	GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// BranchSandbox Take a snapshot of a sandbox as it is at this instant
+	// (POST /v1/sandboxes/{id}/branch)
+	BranchSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// EvalSandbox Run code in the sandbox's warm interpreter
 	// (POST /v1/sandboxes/{id}/eval)
 	EvalSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -781,6 +1183,15 @@ type ServerInterface interface {
 	// SignalProcess Send a signal to a process and its group
 	// (POST /v1/sandboxes/{id}/processes/{pid}/signal)
 	SignalProcess(w http.ResponseWriter, r *http.Request, id SandboxID, pid int)
+	// ResumeSandbox Let a suspended sandbox run again
+	// (POST /v1/sandboxes/{id}/resume)
+	ResumeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// RollbackSandbox Put a sandbox back to a node of its tree, in place
+	// (POST /v1/sandboxes/{id}/rollback)
+	RollbackSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// SuspendSandbox Write a sandbox's memory to disk and end its machine
+	// (POST /v1/sandboxes/{id}/suspend)
+	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// ListSnapshots List snapshots
 	// (GET /v1/snapshots)
 	ListSnapshots(w http.ResponseWriter, r *http.Request)
@@ -793,9 +1204,18 @@ type ServerInterface interface {
 	// CollectSnapshots Remove what no tag and no sandbox uses
 	// (POST /v1/snapshots/gc)
 	CollectSnapshots(w http.ResponseWriter, r *http.Request)
+	// PruneSnapshots Remove old branches whose tags nobody chose
+	// (POST /v1/snapshots/prune)
+	PruneSnapshots(w http.ResponseWriter, r *http.Request)
 	// DeleteSnapshot Remove a snapshot
 	// (DELETE /v1/snapshots/{tag})
 	DeleteSnapshot(w http.ResponseWriter, r *http.Request, tag Tag, params DeleteSnapshotParams)
+	// CompactSnapshot Write a snapshot that needs no other, from one that does
+	// (POST /v1/snapshots/{tag}/compact)
+	CompactSnapshot(w http.ResponseWriter, r *http.Request, tag Tag)
+	// FlattenSnapshot Keep the whole memory of a snapshot of layers beside them
+	// (POST /v1/snapshots/{tag}/flatten)
+	FlattenSnapshot(w http.ResponseWriter, r *http.Request, tag Tag)
 	// GetSnapshotInfo Describe a snapshot
 	// (GET /v1/snapshots/{tag}/info)
 	GetSnapshotInfo(w http.ResponseWriter, r *http.Request, tag Tag)
@@ -805,6 +1225,30 @@ type ServerInterface interface {
 	// SetPool Keep so many forks restored, run once and parked
 	// (PUT /v1/snapshots/{tag}/pool)
 	SetPool(w http.ResponseWriter, r *http.Request, tag Tag)
+	// PromoteSnapshot Point a tag at a node, whatever it pointed at before
+	// (POST /v1/snapshots/{tag}/promote)
+	PromoteSnapshot(w http.ResponseWriter, r *http.Request, tag Tag)
+	// GetTree List all nodes of the checkpoint tree
+	// (GET /v1/tree)
+	GetTree(w http.ResponseWriter, r *http.Request)
+	// ListWorkspaces List workspaces
+	// (GET /v1/workspaces)
+	ListWorkspaces(w http.ResponseWriter, r *http.Request)
+	// CreateWorkspace Fork a sandbox that has a name, and is suspended and resumed by it
+	// (POST /v1/workspaces)
+	CreateWorkspace(w http.ResponseWriter, r *http.Request)
+	// DeleteWorkspace Remove a workspace and its sandbox
+	// (DELETE /v1/workspaces/{name})
+	DeleteWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName)
+	// GetWorkspace Describe a workspace
+	// (GET /v1/workspaces/{name})
+	GetWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName)
+	// ResumeWorkspace Resume a workspace's sandbox
+	// (POST /v1/workspaces/{name}/resume)
+	ResumeWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName)
+	// SuspendWorkspace Suspend a workspace's sandbox
+	// (POST /v1/workspaces/{name}/suspend)
+	SuspendWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName)
 	// GetVersion Say what the daemon is
 	// (GET /version)
 	GetVersion(w http.ResponseWriter, r *http.Request)
@@ -824,6 +1268,52 @@ func (siw *ServerInterfaceWrapper) GetHealth(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetHealth(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetDiff operation middleware
+func (siw *ServerInterfaceWrapper) GetDiff(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetDiffParams
+
+	// ------------- Required query parameter "a" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "a", r.URL.Query(), &params.A, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "a"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "a", Err: err})
+		}
+		return
+	}
+
+	// ------------- Required query parameter "b" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, true, "b", r.URL.Query(), &params.B, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "b"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "b", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetDiff(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -998,6 +1488,32 @@ func (siw *ServerInterfaceWrapper) GetSandbox(w http.ResponseWriter, r *http.Req
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// BranchSandbox operation middleware
+func (siw *ServerInterfaceWrapper) BranchSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.BranchSandbox(w, r, id)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1447,6 +1963,84 @@ func (siw *ServerInterfaceWrapper) SignalProcess(w http.ResponseWriter, r *http.
 	handler.ServeHTTP(w, r)
 }
 
+// ResumeSandbox operation middleware
+func (siw *ServerInterfaceWrapper) ResumeSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ResumeSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RollbackSandbox operation middleware
+func (siw *ServerInterfaceWrapper) RollbackSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RollbackSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SuspendSandbox operation middleware
+func (siw *ServerInterfaceWrapper) SuspendSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SuspendSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListSnapshots operation middleware
 func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 
@@ -1503,6 +2097,20 @@ func (siw *ServerInterfaceWrapper) CollectSnapshots(w http.ResponseWriter, r *ht
 	handler.ServeHTTP(w, r)
 }
 
+// PruneSnapshots operation middleware
+func (siw *ServerInterfaceWrapper) PruneSnapshots(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.PruneSnapshots(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // DeleteSnapshot operation middleware
 func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http.Request) {
 
@@ -1549,6 +2157,58 @@ func (siw *ServerInterfaceWrapper) DeleteSnapshot(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.DeleteSnapshot(w, r, tag, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CompactSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) CompactSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "tag" -------------
+	var tag Tag
+
+	err = runtime.BindStyledParameterWithOptions("simple", "tag", r.PathValue("tag"), &tag, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CompactSnapshot(w, r, tag)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// FlattenSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) FlattenSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "tag" -------------
+	var tag Tag
+
+	err = runtime.BindStyledParameterWithOptions("simple", "tag", r.PathValue("tag"), &tag, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.FlattenSnapshot(w, r, tag)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1627,6 +2287,178 @@ func (siw *ServerInterfaceWrapper) SetPool(w http.ResponseWriter, r *http.Reques
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.SetPool(w, r, tag)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// PromoteSnapshot operation middleware
+func (siw *ServerInterfaceWrapper) PromoteSnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "tag" -------------
+	var tag Tag
+
+	err = runtime.BindStyledParameterWithOptions("simple", "tag", r.PathValue("tag"), &tag, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.PromoteSnapshot(w, r, tag)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetTree operation middleware
+func (siw *ServerInterfaceWrapper) GetTree(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetTree(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListWorkspaces operation middleware
+func (siw *ServerInterfaceWrapper) ListWorkspaces(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListWorkspaces(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateWorkspace operation middleware
+func (siw *ServerInterfaceWrapper) CreateWorkspace(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateWorkspace(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteWorkspace operation middleware
+func (siw *ServerInterfaceWrapper) DeleteWorkspace(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name WorkspaceName
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", r.PathValue("name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteWorkspace(w, r, name)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetWorkspace operation middleware
+func (siw *ServerInterfaceWrapper) GetWorkspace(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name WorkspaceName
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", r.PathValue("name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetWorkspace(w, r, name)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ResumeWorkspace operation middleware
+func (siw *ServerInterfaceWrapper) ResumeWorkspace(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name WorkspaceName
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", r.PathValue("name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ResumeWorkspace(w, r, name)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SuspendWorkspace operation middleware
+func (siw *ServerInterfaceWrapper) SuspendWorkspace(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name WorkspaceName
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", r.PathValue("name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SuspendWorkspace(w, r, name)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1781,14 +2613,30 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots", wrapper.CreateSnapshot)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/gc", wrapper.CollectSnapshots)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/check", wrapper.CheckSnapshots)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/prune", wrapper.PruneSnapshots)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/snapshots/{tag}", wrapper.DeleteSnapshot)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots/{tag}/info", wrapper.GetSnapshotInfo)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/{tag}/compact", wrapper.CompactSnapshot)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/{tag}/flatten", wrapper.FlattenSnapshot)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/{tag}/promote", wrapper.PromoteSnapshot)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/tree", wrapper.GetTree)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/diff", wrapper.GetDiff)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots/{tag}/pool", wrapper.GetPool)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/snapshots/{tag}/pool", wrapper.SetPool)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes", wrapper.ListSandboxes)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes", wrapper.CreateSandboxes)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}", wrapper.DeleteSandbox)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}", wrapper.GetSandbox)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/branch", wrapper.BranchSandbox)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/rollback", wrapper.RollbackSandbox)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/suspend", wrapper.SuspendSandbox)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/resume", wrapper.ResumeSandbox)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/workspaces", wrapper.ListWorkspaces)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/workspaces", wrapper.CreateWorkspace)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/workspaces/{name}", wrapper.DeleteWorkspace)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/workspaces/{name}", wrapper.GetWorkspace)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/workspaces/{name}/suspend", wrapper.SuspendWorkspace)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/workspaces/{name}/resume", wrapper.ResumeWorkspace)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/exec", wrapper.ExecSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/eval", wrapper.EvalSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ping", wrapper.PingSandbox)
@@ -1834,6 +2682,45 @@ type GetHealthdefaultJSONResponse struct {
 }
 
 func (response GetHealthdefaultJSONResponse) VisitGetHealthResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetDiffRequestObject struct {
+	Params GetDiffParams
+}
+
+type GetDiffResponseObject interface {
+	VisitGetDiffResponse(w http.ResponseWriter) error
+}
+
+type GetDiff200JSONResponse Diff
+
+func (response GetDiff200JSONResponse) VisitGetDiffResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetDiffdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetDiffdefaultJSONResponse) VisitGetDiffResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -2213,6 +3100,103 @@ type GetSandboxdefaultJSONResponse struct {
 }
 
 func (response GetSandboxdefaultJSONResponse) VisitGetSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type BranchSandboxRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Body *BranchSandboxJSONRequestBody
+}
+
+type BranchSandboxResponseObject interface {
+	VisitBranchSandboxResponse(w http.ResponseWriter) error
+}
+
+type BranchSandbox200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response BranchSandbox200ApplicationXNdjsonResponse) VisitBranchSandboxResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type BranchSandbox201JSONResponse Snapshot
+
+func (response BranchSandbox201JSONResponse) VisitBranchSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type BranchSandbox202JSONResponse Snapshot
+
+func (response BranchSandbox202JSONResponse) VisitBranchSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(202)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type BranchSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response BranchSandboxdefaultJSONResponse) VisitBranchSandboxResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -2680,6 +3664,124 @@ func (response SignalProcessdefaultJSONResponse) VisitSignalProcessResponse(w ht
 	return err
 }
 
+type ResumeSandboxRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type ResumeSandboxResponseObject interface {
+	VisitResumeSandboxResponse(w http.ResponseWriter) error
+}
+
+type ResumeSandbox200JSONResponse Sandbox
+
+func (response ResumeSandbox200JSONResponse) VisitResumeSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ResumeSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ResumeSandboxdefaultJSONResponse) VisitResumeSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RollbackSandboxRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Body *RollbackSandboxJSONRequestBody
+}
+
+type RollbackSandboxResponseObject interface {
+	VisitRollbackSandboxResponse(w http.ResponseWriter) error
+}
+
+type RollbackSandbox200JSONResponse Sandbox
+
+func (response RollbackSandbox200JSONResponse) VisitRollbackSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RollbackSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response RollbackSandboxdefaultJSONResponse) VisitRollbackSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SuspendSandboxRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type SuspendSandboxResponseObject interface {
+	VisitSuspendSandboxResponse(w http.ResponseWriter) error
+}
+
+type SuspendSandbox200JSONResponse Sandbox
+
+func (response SuspendSandbox200JSONResponse) VisitSuspendSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SuspendSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response SuspendSandboxdefaultJSONResponse) VisitSuspendSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListSnapshotsRequestObject struct {
 }
 
@@ -2919,6 +4021,45 @@ func (response CollectSnapshotsdefaultJSONResponse) VisitCollectSnapshotsRespons
 	return err
 }
 
+type PruneSnapshotsRequestObject struct {
+	Body *PruneSnapshotsJSONRequestBody
+}
+
+type PruneSnapshotsResponseObject interface {
+	VisitPruneSnapshotsResponse(w http.ResponseWriter) error
+}
+
+type PruneSnapshots200JSONResponse PruneReport
+
+func (response PruneSnapshots200JSONResponse) VisitPruneSnapshotsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type PruneSnapshotsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response PruneSnapshotsdefaultJSONResponse) VisitPruneSnapshotsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type DeleteSnapshotRequestObject struct {
 	Tag    Tag `json:"tag"`
 	Params DeleteSnapshotParams
@@ -2942,6 +4083,171 @@ type DeleteSnapshotdefaultJSONResponse struct {
 }
 
 func (response DeleteSnapshotdefaultJSONResponse) VisitDeleteSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CompactSnapshotRequestObject struct {
+	Tag  Tag `json:"tag"`
+	Body *CompactSnapshotJSONRequestBody
+}
+
+type CompactSnapshotResponseObject interface {
+	VisitCompactSnapshotResponse(w http.ResponseWriter) error
+}
+
+type CompactSnapshot200JSONResponse Snapshot
+
+func (response CompactSnapshot200JSONResponse) VisitCompactSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CompactSnapshot200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response CompactSnapshot200ApplicationXNdjsonResponse) VisitCompactSnapshotResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type CompactSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CompactSnapshotdefaultJSONResponse) VisitCompactSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type FlattenSnapshotRequestObject struct {
+	Tag Tag `json:"tag"`
+}
+
+type FlattenSnapshotResponseObject interface {
+	VisitFlattenSnapshotResponse(w http.ResponseWriter) error
+}
+
+type FlattenSnapshot200JSONResponse Snapshot
+
+func (response FlattenSnapshot200JSONResponse) VisitFlattenSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type FlattenSnapshot200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response FlattenSnapshot200ApplicationXNdjsonResponse) VisitFlattenSnapshotResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type FlattenSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response FlattenSnapshotdefaultJSONResponse) VisitFlattenSnapshotResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -3071,6 +4377,355 @@ func (response SetPooldefaultJSONResponse) VisitSetPoolResponse(w http.ResponseW
 	return err
 }
 
+type PromoteSnapshotRequestObject struct {
+	Tag  Tag `json:"tag"`
+	Body *PromoteSnapshotJSONRequestBody
+}
+
+type PromoteSnapshotResponseObject interface {
+	VisitPromoteSnapshotResponse(w http.ResponseWriter) error
+}
+
+type PromoteSnapshot200JSONResponse Snapshot
+
+func (response PromoteSnapshot200JSONResponse) VisitPromoteSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type PromoteSnapshot200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response PromoteSnapshot200ApplicationXNdjsonResponse) VisitPromoteSnapshotResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type PromoteSnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response PromoteSnapshotdefaultJSONResponse) VisitPromoteSnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetTreeRequestObject struct {
+}
+
+type GetTreeResponseObject interface {
+	VisitGetTreeResponse(w http.ResponseWriter) error
+}
+
+type GetTree200JSONResponse Tree
+
+func (response GetTree200JSONResponse) VisitGetTreeResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetTreedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetTreedefaultJSONResponse) VisitGetTreeResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListWorkspacesRequestObject struct {
+}
+
+type ListWorkspacesResponseObject interface {
+	VisitListWorkspacesResponse(w http.ResponseWriter) error
+}
+
+type ListWorkspaces200JSONResponse []Workspace
+
+func (response ListWorkspaces200JSONResponse) VisitListWorkspacesResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListWorkspacesdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListWorkspacesdefaultJSONResponse) VisitListWorkspacesResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateWorkspaceRequestObject struct {
+	Body *CreateWorkspaceJSONRequestBody
+}
+
+type CreateWorkspaceResponseObject interface {
+	VisitCreateWorkspaceResponse(w http.ResponseWriter) error
+}
+
+type CreateWorkspace201JSONResponse Workspace
+
+func (response CreateWorkspace201JSONResponse) VisitCreateWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateWorkspacedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CreateWorkspacedefaultJSONResponse) VisitCreateWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type DeleteWorkspaceRequestObject struct {
+	Name WorkspaceName `json:"name"`
+}
+
+type DeleteWorkspaceResponseObject interface {
+	VisitDeleteWorkspaceResponse(w http.ResponseWriter) error
+}
+
+type DeleteWorkspace204Response struct {
+}
+
+func (response DeleteWorkspace204Response) VisitDeleteWorkspaceResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteWorkspacedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteWorkspacedefaultJSONResponse) VisitDeleteWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetWorkspaceRequestObject struct {
+	Name WorkspaceName `json:"name"`
+}
+
+type GetWorkspaceResponseObject interface {
+	VisitGetWorkspaceResponse(w http.ResponseWriter) error
+}
+
+type GetWorkspace200JSONResponse Workspace
+
+func (response GetWorkspace200JSONResponse) VisitGetWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetWorkspacedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetWorkspacedefaultJSONResponse) VisitGetWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ResumeWorkspaceRequestObject struct {
+	Name WorkspaceName `json:"name"`
+}
+
+type ResumeWorkspaceResponseObject interface {
+	VisitResumeWorkspaceResponse(w http.ResponseWriter) error
+}
+
+type ResumeWorkspace200JSONResponse Workspace
+
+func (response ResumeWorkspace200JSONResponse) VisitResumeWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ResumeWorkspacedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ResumeWorkspacedefaultJSONResponse) VisitResumeWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SuspendWorkspaceRequestObject struct {
+	Name WorkspaceName `json:"name"`
+	Body *SuspendWorkspaceJSONRequestBody
+}
+
+type SuspendWorkspaceResponseObject interface {
+	VisitSuspendWorkspaceResponse(w http.ResponseWriter) error
+}
+
+type SuspendWorkspace200JSONResponse Workspace
+
+func (response SuspendWorkspace200JSONResponse) VisitSuspendWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SuspendWorkspacedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response SuspendWorkspacedefaultJSONResponse) VisitSuspendWorkspaceResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type GetVersionRequestObject struct {
 }
 
@@ -3114,6 +4769,9 @@ type StrictServerInterface interface {
 	// GetHealth Say that the daemon is up
 	// (GET /healthz)
 	GetHealth(ctx context.Context, request GetHealthRequestObject) (GetHealthResponseObject, error)
+	// GetDiff Say in what two nodes differ
+	// (GET /v1/diff)
+	GetDiff(ctx context.Context, request GetDiffRequestObject) (GetDiffResponseObject, error)
 	// GetDoctor Examine the daemon's host
 	// (GET /v1/doctor)
 	GetDoctor(ctx context.Context, request GetDoctorRequestObject) (GetDoctorResponseObject, error)
@@ -3141,6 +4799,9 @@ type StrictServerInterface interface {
 	// GetSandbox Describe a sandbox
 	// (GET /v1/sandboxes/{id})
 	GetSandbox(ctx context.Context, request GetSandboxRequestObject) (GetSandboxResponseObject, error)
+	// BranchSandbox Take a snapshot of a sandbox as it is at this instant
+	// (POST /v1/sandboxes/{id}/branch)
+	BranchSandbox(ctx context.Context, request BranchSandboxRequestObject) (BranchSandboxResponseObject, error)
 	// EvalSandbox Run code in the sandbox's warm interpreter
 	// (POST /v1/sandboxes/{id}/eval)
 	EvalSandbox(ctx context.Context, request EvalSandboxRequestObject) (EvalSandboxResponseObject, error)
@@ -3177,6 +4838,15 @@ type StrictServerInterface interface {
 	// SignalProcess Send a signal to a process and its group
 	// (POST /v1/sandboxes/{id}/processes/{pid}/signal)
 	SignalProcess(ctx context.Context, request SignalProcessRequestObject) (SignalProcessResponseObject, error)
+	// ResumeSandbox Let a suspended sandbox run again
+	// (POST /v1/sandboxes/{id}/resume)
+	ResumeSandbox(ctx context.Context, request ResumeSandboxRequestObject) (ResumeSandboxResponseObject, error)
+	// RollbackSandbox Put a sandbox back to a node of its tree, in place
+	// (POST /v1/sandboxes/{id}/rollback)
+	RollbackSandbox(ctx context.Context, request RollbackSandboxRequestObject) (RollbackSandboxResponseObject, error)
+	// SuspendSandbox Write a sandbox's memory to disk and end its machine
+	// (POST /v1/sandboxes/{id}/suspend)
+	SuspendSandbox(ctx context.Context, request SuspendSandboxRequestObject) (SuspendSandboxResponseObject, error)
 	// ListSnapshots List snapshots
 	// (GET /v1/snapshots)
 	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
@@ -3189,9 +4859,18 @@ type StrictServerInterface interface {
 	// CollectSnapshots Remove what no tag and no sandbox uses
 	// (POST /v1/snapshots/gc)
 	CollectSnapshots(ctx context.Context, request CollectSnapshotsRequestObject) (CollectSnapshotsResponseObject, error)
+	// PruneSnapshots Remove old branches whose tags nobody chose
+	// (POST /v1/snapshots/prune)
+	PruneSnapshots(ctx context.Context, request PruneSnapshotsRequestObject) (PruneSnapshotsResponseObject, error)
 	// DeleteSnapshot Remove a snapshot
 	// (DELETE /v1/snapshots/{tag})
 	DeleteSnapshot(ctx context.Context, request DeleteSnapshotRequestObject) (DeleteSnapshotResponseObject, error)
+	// CompactSnapshot Write a snapshot that needs no other, from one that does
+	// (POST /v1/snapshots/{tag}/compact)
+	CompactSnapshot(ctx context.Context, request CompactSnapshotRequestObject) (CompactSnapshotResponseObject, error)
+	// FlattenSnapshot Keep the whole memory of a snapshot of layers beside them
+	// (POST /v1/snapshots/{tag}/flatten)
+	FlattenSnapshot(ctx context.Context, request FlattenSnapshotRequestObject) (FlattenSnapshotResponseObject, error)
 	// GetSnapshotInfo Describe a snapshot
 	// (GET /v1/snapshots/{tag}/info)
 	GetSnapshotInfo(ctx context.Context, request GetSnapshotInfoRequestObject) (GetSnapshotInfoResponseObject, error)
@@ -3201,6 +4880,30 @@ type StrictServerInterface interface {
 	// SetPool Keep so many forks restored, run once and parked
 	// (PUT /v1/snapshots/{tag}/pool)
 	SetPool(ctx context.Context, request SetPoolRequestObject) (SetPoolResponseObject, error)
+	// PromoteSnapshot Point a tag at a node, whatever it pointed at before
+	// (POST /v1/snapshots/{tag}/promote)
+	PromoteSnapshot(ctx context.Context, request PromoteSnapshotRequestObject) (PromoteSnapshotResponseObject, error)
+	// GetTree List all nodes of the checkpoint tree
+	// (GET /v1/tree)
+	GetTree(ctx context.Context, request GetTreeRequestObject) (GetTreeResponseObject, error)
+	// ListWorkspaces List workspaces
+	// (GET /v1/workspaces)
+	ListWorkspaces(ctx context.Context, request ListWorkspacesRequestObject) (ListWorkspacesResponseObject, error)
+	// CreateWorkspace Fork a sandbox that has a name, and is suspended and resumed by it
+	// (POST /v1/workspaces)
+	CreateWorkspace(ctx context.Context, request CreateWorkspaceRequestObject) (CreateWorkspaceResponseObject, error)
+	// DeleteWorkspace Remove a workspace and its sandbox
+	// (DELETE /v1/workspaces/{name})
+	DeleteWorkspace(ctx context.Context, request DeleteWorkspaceRequestObject) (DeleteWorkspaceResponseObject, error)
+	// GetWorkspace Describe a workspace
+	// (GET /v1/workspaces/{name})
+	GetWorkspace(ctx context.Context, request GetWorkspaceRequestObject) (GetWorkspaceResponseObject, error)
+	// ResumeWorkspace Resume a workspace's sandbox
+	// (POST /v1/workspaces/{name}/resume)
+	ResumeWorkspace(ctx context.Context, request ResumeWorkspaceRequestObject) (ResumeWorkspaceResponseObject, error)
+	// SuspendWorkspace Suspend a workspace's sandbox
+	// (POST /v1/workspaces/{name}/suspend)
+	SuspendWorkspace(ctx context.Context, request SuspendWorkspaceRequestObject) (SuspendWorkspaceResponseObject, error)
 	// GetVersion Say what the daemon is
 	// (GET /version)
 	GetVersion(ctx context.Context, request GetVersionRequestObject) (GetVersionResponseObject, error)
@@ -3262,6 +4965,32 @@ func (sh *strictHandler) GetHealth(w http.ResponseWriter, r *http.Request) {
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(GetHealthResponseObject); ok {
 		if err := validResponse.VisitGetHealthResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetDiff operation middleware
+func (sh *strictHandler) GetDiff(w http.ResponseWriter, r *http.Request, params GetDiffParams) {
+	var request GetDiffRequestObject
+
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetDiff(ctx, request.(GetDiffRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetDiff")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetDiffResponseObject); ok {
+		if err := validResponse.VisitGetDiffResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
@@ -3500,6 +5229,42 @@ func (sh *strictHandler) GetSandbox(w http.ResponseWriter, r *http.Request, id S
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(GetSandboxResponseObject); ok {
 		if err := validResponse.VisitGetSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// BranchSandbox operation middleware
+func (sh *strictHandler) BranchSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request BranchSandboxRequestObject
+
+	request.ID = id
+
+	var body BranchSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.BranchSandbox(ctx, request.(BranchSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "BranchSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(BranchSandboxResponseObject); ok {
+		if err := validResponse.VisitBranchSandboxResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
@@ -3862,6 +5627,91 @@ func (sh *strictHandler) SignalProcess(w http.ResponseWriter, r *http.Request, i
 	}
 }
 
+// ResumeSandbox operation middleware
+func (sh *strictHandler) ResumeSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request ResumeSandboxRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ResumeSandbox(ctx, request.(ResumeSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ResumeSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ResumeSandboxResponseObject); ok {
+		if err := validResponse.VisitResumeSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// RollbackSandbox operation middleware
+func (sh *strictHandler) RollbackSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request RollbackSandboxRequestObject
+
+	request.ID = id
+
+	var body RollbackSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.RollbackSandbox(ctx, request.(RollbackSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "RollbackSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(RollbackSandboxResponseObject); ok {
+		if err := validResponse.VisitRollbackSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// SuspendSandbox operation middleware
+func (sh *strictHandler) SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request SuspendSandboxRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.SuspendSandbox(ctx, request.(SuspendSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "SuspendSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(SuspendSandboxResponseObject); ok {
+		if err := validResponse.VisitSuspendSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // ListSnapshots operation middleware
 func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 	var request ListSnapshotsRequestObject
@@ -3965,6 +5815,37 @@ func (sh *strictHandler) CollectSnapshots(w http.ResponseWriter, r *http.Request
 	}
 }
 
+// PruneSnapshots operation middleware
+func (sh *strictHandler) PruneSnapshots(w http.ResponseWriter, r *http.Request) {
+	var request PruneSnapshotsRequestObject
+
+	var body PruneSnapshotsJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.PruneSnapshots(ctx, request.(PruneSnapshotsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "PruneSnapshots")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(PruneSnapshotsResponseObject); ok {
+		if err := validResponse.VisitPruneSnapshotsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // DeleteSnapshot operation middleware
 func (sh *strictHandler) DeleteSnapshot(w http.ResponseWriter, r *http.Request, tag Tag, params DeleteSnapshotParams) {
 	var request DeleteSnapshotRequestObject
@@ -3985,6 +5866,65 @@ func (sh *strictHandler) DeleteSnapshot(w http.ResponseWriter, r *http.Request, 
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(DeleteSnapshotResponseObject); ok {
 		if err := validResponse.VisitDeleteSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CompactSnapshot operation middleware
+func (sh *strictHandler) CompactSnapshot(w http.ResponseWriter, r *http.Request, tag Tag) {
+	var request CompactSnapshotRequestObject
+
+	request.Tag = tag
+
+	var body CompactSnapshotJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CompactSnapshot(ctx, request.(CompactSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CompactSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CompactSnapshotResponseObject); ok {
+		if err := validResponse.VisitCompactSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// FlattenSnapshot operation middleware
+func (sh *strictHandler) FlattenSnapshot(w http.ResponseWriter, r *http.Request, tag Tag) {
+	var request FlattenSnapshotRequestObject
+
+	request.Tag = tag
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.FlattenSnapshot(ctx, request.(FlattenSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "FlattenSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(FlattenSnapshotResponseObject); ok {
+		if err := validResponse.VisitFlattenSnapshotResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
@@ -4070,6 +6010,232 @@ func (sh *strictHandler) SetPool(w http.ResponseWriter, r *http.Request, tag Tag
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(SetPoolResponseObject); ok {
 		if err := validResponse.VisitSetPoolResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// PromoteSnapshot operation middleware
+func (sh *strictHandler) PromoteSnapshot(w http.ResponseWriter, r *http.Request, tag Tag) {
+	var request PromoteSnapshotRequestObject
+
+	request.Tag = tag
+
+	var body PromoteSnapshotJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.PromoteSnapshot(ctx, request.(PromoteSnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "PromoteSnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(PromoteSnapshotResponseObject); ok {
+		if err := validResponse.VisitPromoteSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetTree operation middleware
+func (sh *strictHandler) GetTree(w http.ResponseWriter, r *http.Request) {
+	var request GetTreeRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetTree(ctx, request.(GetTreeRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetTree")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetTreeResponseObject); ok {
+		if err := validResponse.VisitGetTreeResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListWorkspaces operation middleware
+func (sh *strictHandler) ListWorkspaces(w http.ResponseWriter, r *http.Request) {
+	var request ListWorkspacesRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListWorkspaces(ctx, request.(ListWorkspacesRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListWorkspaces")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListWorkspacesResponseObject); ok {
+		if err := validResponse.VisitListWorkspacesResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CreateWorkspace operation middleware
+func (sh *strictHandler) CreateWorkspace(w http.ResponseWriter, r *http.Request) {
+	var request CreateWorkspaceRequestObject
+
+	var body CreateWorkspaceJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CreateWorkspace(ctx, request.(CreateWorkspaceRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CreateWorkspace")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CreateWorkspaceResponseObject); ok {
+		if err := validResponse.VisitCreateWorkspaceResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteWorkspace operation middleware
+func (sh *strictHandler) DeleteWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName) {
+	var request DeleteWorkspaceRequestObject
+
+	request.Name = name
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteWorkspace(ctx, request.(DeleteWorkspaceRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteWorkspace")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteWorkspaceResponseObject); ok {
+		if err := validResponse.VisitDeleteWorkspaceResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetWorkspace operation middleware
+func (sh *strictHandler) GetWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName) {
+	var request GetWorkspaceRequestObject
+
+	request.Name = name
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetWorkspace(ctx, request.(GetWorkspaceRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetWorkspace")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetWorkspaceResponseObject); ok {
+		if err := validResponse.VisitGetWorkspaceResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ResumeWorkspace operation middleware
+func (sh *strictHandler) ResumeWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName) {
+	var request ResumeWorkspaceRequestObject
+
+	request.Name = name
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ResumeWorkspace(ctx, request.(ResumeWorkspaceRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ResumeWorkspace")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ResumeWorkspaceResponseObject); ok {
+		if err := validResponse.VisitResumeWorkspaceResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// SuspendWorkspace operation middleware
+func (sh *strictHandler) SuspendWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName) {
+	var request SuspendWorkspaceRequestObject
+
+	request.Name = name
+
+	var body SuspendWorkspaceJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.SuspendWorkspace(ctx, request.(SuspendWorkspaceRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "SuspendWorkspace")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(SuspendWorkspaceResponseObject); ok {
+		if err := validResponse.VisitSuspendWorkspaceResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

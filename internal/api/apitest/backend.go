@@ -25,6 +25,7 @@ import (
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
+	"github.com/tinevm/tine/internal/workspace"
 )
 
 // imageDigest is the digest of the image py, which every Backend has.
@@ -41,28 +42,37 @@ type Backend struct {
 	// collected.
 	KeepImage func(digest string) bool
 
-	tb     testing.TB
-	dir    string
-	store  *snapshot.Store
-	mu     sync.Mutex
-	seq    int
-	boxes  map[string]*box
-	order  []string
-	images map[string]image.Image
-	pools  map[string]int
+	tb         testing.TB
+	dir        string
+	store      *snapshot.Store
+	workspaces *workspace.Store
+	mu         sync.Mutex
+	seq        int
+	branches   int
+	boxes      map[string]*box
+	order      []string
+	images     map[string]image.Image
+	pools      map[string]int
+	pending    map[string]*branching // by tag
 }
 
 // New returns a Backend that ends with the test.
 func New(tb testing.TB) *Backend {
 	tb.Helper()
-	b := &Backend{tb: tb, dir: tb.TempDir(), boxes: map[string]*box{}, images: map[string]image.Image{}, pools: map[string]int{}}
+	b := &Backend{
+		tb: tb, dir: tb.TempDir(), boxes: map[string]*box{}, images: map[string]image.Image{}, pools: map[string]int{},
+		pending: map[string]*branching{},
+	}
 	store, err := snapshot.Open(filepath.Join(b.dir, "snapshots"), nil)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	b.store = store
 	b.images["py"] = newImage("py", "debian:bookworm+python3")
-	if _, err := b.CreateSnapshot(tb.Context(), sandbox.SnapshotRequest{Tag: "py", Image: "py"}); err != nil {
+	if _, err = b.CreateSnapshot(tb.Context(), sandbox.SnapshotRequest{Tag: "py", Image: "py"}); err != nil {
+		tb.Fatal(err)
+	}
+	if b.workspaces, err = workspace.Open(tb.Context(), filepath.Join(b.dir, "workspaces"), b, nil); err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(b.close)
@@ -72,7 +82,7 @@ func New(tb testing.TB) *Backend {
 // Config is the interface's with this backend behind it.
 func (b *Backend) Config() api.Config {
 	return api.Config{
-		Sandboxes: b, Snapshots: b.store, Images: images{b}, Version: "0.0.0-test",
+		Sandboxes: b, Snapshots: b.store, Images: images{b}, Workspaces: b.workspaces, Version: "0.0.0-test",
 		Logger: slog.New(slog.NewTextHandler(b.tb.Output(), nil)), MaxOutput: 64 << 10, MaxFile: 1 << 20,
 		Doctor: func(context.Context) []wire.DoctorCheck {
 			return []wire.DoctorCheck{{Name: "kvm", Status: wire.DoctorCheckStatusWarn, Detail: "no /dev/kvm", Hint: "none is needed"}}
@@ -84,6 +94,10 @@ func (b *Backend) close() {
 	for _, info := range b.List() {
 		_ = b.remove(info.ID) // it was listed
 	}
+	for _, p := range b.pending {
+		_ = p.stage.Abort() // the directory goes with the test
+	}
+	_ = b.workspaces.Close() // so does this
 }
 
 func (b *Backend) failure(op string) error {
@@ -131,7 +145,7 @@ func (x *box) close() {
 // Fork makes sandboxes. Failures for "fork 1" and so on are those of one child.
 func (b *Backend) Fork(ctx context.Context, req sandbox.ForkRequest) ([]sandbox.ForkResult, error) {
 	snap, err := b.store.Resolve(req.Snapshot)
-	if err = errors.Join(err, b.failure("fork")); err != nil {
+	if err = errors.Join(err, b.failure("fork"), checkSecrets(req.Secrets)); err != nil {
 		return nil, err
 	}
 	if b.Limit > 0 && len(b.List())+req.N > b.Limit {
@@ -155,6 +169,7 @@ func (b *Backend) fork(ctx context.Context, snap snapshot.Snapshot, req sandbox.
 	info := sandbox.Info{
 		ID: id, SnapshotTag: snap.Tag, SnapshotDigest: snap.Digest, State: sandbox.Running, Engine: "fake",
 		Machine: snap.Manifest.Machine, PID: 1000 + b.seq, CreatedAt: time.Now(), LastActive: time.Now(), IdleTTL: req.IdleTTL,
+		IdleSuspend: req.IdleSuspend, Head: snap.Digest,
 		Labels: req.Labels, ForkMS: 1.5, FromPool: !req.NoPool && b.pools[snap.Tag] > 0, MemoryLimitMiB: req.MemoryLimitMiB,
 	}
 	if req.Lifetime > 0 {
@@ -167,6 +182,14 @@ func (b *Backend) fork(ctx context.Context, snap snapshot.Snapshot, req sandbox.
 	b.boxes[id] = x
 	b.order = append(b.order, id)
 	return info, nil
+}
+
+func checkSecrets(secrets map[string]string) error {
+	var all []guest.Secret
+	for name, value := range secrets {
+		all = append(all, guest.Secret{Name: name, Value: []byte(value)})
+	}
+	return guest.CheckSecrets(all)
 }
 
 func (b *Backend) find(id string) (*box, error) {
@@ -185,6 +208,8 @@ func (b *Backend) Get(id string) (sandbox.Info, error) {
 	if err != nil {
 		return sandbox.Info{}, err
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	return x.info, nil
 }
 
@@ -221,12 +246,17 @@ func (b *Backend) remove(id string) error {
 	return nil
 }
 
-// With runs f with the session to a sandbox's agent.
+// With runs f with the session to a sandbox's agent, and resumes the sandbox.
 func (b *Backend) With(ctx context.Context, id string, f func(context.Context, *guest.Client) error) error {
 	x, err := b.find(id)
 	if err = errors.Join(err, b.failure("with")); err != nil {
 		return err
 	}
+	b.update(id, func(i *sandbox.Info) {
+		if i.State == sandbox.Suspended {
+			i.State = sandbox.Running
+		}
+	})
 	return f(ctx, x.client)
 }
 
