@@ -70,7 +70,7 @@ type Daemon struct {
 	handler http.Handler
 
 	workspaces *workspace.Store // nil when ephemeral
-	lock    *os.File // nil when ephemeral
+	lock       *os.File         // nil when ephemeral
 }
 
 // Open opens the state directory and takes over the sandboxes that it finds

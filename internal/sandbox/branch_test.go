@@ -419,8 +419,8 @@ func TestForksOfALayerFlattenIt(t *testing.T) {
 	id := fork(t, m, 1)[0]
 	sh(t, m, id, "echo deep > at")
 	snap := branch(t, m, id, BranchRequest{Tag: "b"})
-	fork(t, m, hot, from("b"))
 	eventually(t, "the flat image", func() bool {
+		fork(t, m, 1, from("b"))
 		base, err := w.snaps.Base(snap)
 		return err == nil && base.Digest == snap.Digest && len(base.Layers) == 0
 	})

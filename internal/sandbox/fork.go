@@ -40,7 +40,9 @@ func (m *Manager) Fork(ctx context.Context, req ForkRequest) (results []ForkResu
 	if err != nil {
 		return nil, err
 	}
-	m.heat(o, req.N)
+	if err = m.heat(inner, o, req.N); err != nil {
+		m.Logger.WarnContext(inner, "forks not counted", "snapshot", o.snap.Digest, "error", err)
+	}
 	results, failed := m.forkAll(inner, req, o, parked)
 	abandoned := failed && errors.Is(ctx.Err(), context.Canceled)
 	if failed && (req.AllOrNothing || abandoned) {

@@ -1,46 +1,64 @@
 package sandbox
 
-import "context"
+import (
+	"context"
+	"errors"
+
+	"github.com/tinevm/tine/internal/linux"
+)
 
 // flatten makes a snapshot that is layered as quick to fork as one that is not.
-func (m *Manager) flatten(ctx context.Context, ref string) error {
+func (m *Manager) flatten(ctx context.Context, ref string) (err error) {
 	snap, pin, err := m.pin(ref)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = pin.Close() }() // only read
+	defer func() { err = errors.Join(err, pin.Close()) }()
 	if snap.Depth == 0 {
 		return nil
 	}
 	return m.Snapshots.Flatten(ctx, snap)
 }
 
-// hot is how often a layered snapshot is forked before it is worth a flat
-// image: the disk of one against the copying of its layers into each fork.
-const hot = 2
-
-// heat counts forks of a layered snapshot, and flattens it in the background
-// when it is hot.
-func (m *Manager) heat(o *origin, forks int) {
+// heat counts what forks of a layered snapshot copy of its layers. When that is
+// as much as a flat image would take, one is made in the background: so the
+// two together never cost more than twice what was best.
+func (m *Manager) heat(ctx context.Context, o *origin, forks int) error {
 	if len(o.base.Layers) == 0 {
-		return
+		return nil
+	}
+	var copied int64
+	for _, layer := range o.base.Layers {
+		size, err := linux.DiskUse(layer)
+		if err != nil {
+			return err
+		}
+		copied += size * int64(forks)
+	}
+	enough, err := linux.DiskUse(o.base.Path)
+	if err != nil {
+		return err
 	}
 	digest := o.snap.Digest
 	m.mu.Lock()
 	before := m.warmth[digest]
-	m.warmth[digest] = before + forks
+	m.warmth[digest] = before + copied
 	m.mu.Unlock()
-	if before >= hot || before+forks < hot {
-		return
+	if before < enough && before+copied >= enough {
+		m.flattenSoon(ctx, digest)
 	}
-	ctx, done, err := m.begin(context.WithoutCancel(m.ctx))
+	return nil
+}
+
+// flattenSoon flattens a snapshot in the background.
+func (m *Manager) flattenSoon(ctx context.Context, digest string) {
+	ctx, done, err := m.begin(context.WithoutCancel(ctx))
 	if err != nil {
 		return // the Manager is closing
 	}
 	go func() {
 		defer done()
-		err := m.flatten(ctx, digest)
-		if err != nil && ctx.Err() == nil {
+		if err := m.flatten(ctx, digest); err != nil && ctx.Err() == nil {
 			m.Logger.WarnContext(ctx, "snapshot not flattened", "snapshot", digest, "error", err)
 		}
 		m.mu.Lock()

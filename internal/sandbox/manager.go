@@ -128,7 +128,7 @@ type Manager struct {
 	pools    map[string]*pool       // by snapshot digest
 	held     int                    // sandboxes being made or there
 	branches map[string]BranchState // by tag: under way, and failed with nobody told
-	warmth   map[string]int         // by digest: how often a layered snapshot was forked
+	warmth   map[string]int64       // by digest: how many bytes of layers forks have copied
 }
 
 var errClosed = fmt.Errorf("%w: the daemon is stopping", errdef.ErrUnavailable)
@@ -151,7 +151,7 @@ func NewManager(ctx context.Context, cfg Config) (*Manager, error) {
 		pools:       map[string]*pool{},
 
 		branches: map[string]BranchState{},
-		warmth:   map[string]int{},
+		warmth:   map[string]int64{},
 	}
 	if m.self, err = thisProcess(); err != nil {
 		return nil, err

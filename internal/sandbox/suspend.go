@@ -41,27 +41,31 @@ func (m *Manager) Resume(ctx context.Context, id string) (Info, error) {
 // suspendIdle suspends a sandbox, unless somebody uses it by then. One that
 // cannot be suspended counts as used just now, so that it is tried again.
 func (m *Manager) suspendIdle(b *box) {
-	ctx, done, err := m.begin(context.WithoutCancel(m.ctx))
+	ctx, done, err := m.begin(context.WithoutCancel(b.ctx))
 	if err != nil {
 		return // the Manager is closing
 	}
 	go func() {
 		defer done()
 		defer b.retired()
-		ctx, cancel := join(ctx, b.ctx)
-		defer cancel()
-		release, err := b.take(ctx)
-		if err != nil {
-			return // it is over
-		}
-		defer release()
-		if b.used() {
-			return
-		}
-		if err = b.suspend(ctx); err != nil {
+		if err := b.suspendUnused(ctx); err != nil && b.ctx.Err() == nil {
 			m.Logger.WarnContext(ctx, "idle sandbox not suspended", "sandbox", b.id, "error", err)
 		}
 	}()
+}
+
+func (b *box) suspendUnused(ctx context.Context) error {
+	ctx, cancel := join(ctx, b.ctx)
+	defer cancel()
+	release, err := b.take(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if b.used() {
+		return nil
+	}
+	return b.suspend(ctx)
 }
 
 func (b *box) retired() {
