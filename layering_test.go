@@ -32,7 +32,7 @@ var mayImport = map[string][]string{
 	// Tier 1: mechanisms, which know nothing of sandboxes.
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
-	"internal/guestmem": {"internal/durable", "internal/errdef", "internal/linux", "internal/undo"},
+	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
 	"internal/image":    {"internal/durable", "internal/errdef", "internal/progress"},
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
@@ -64,7 +64,7 @@ var mayImport = map[string][]string{
 		"internal/engines", "internal/errdef", "internal/image", "internal/sandbox", "internal/undo", "internal/wire",
 	},
 	"internal/bench": {
-		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/linux",
+		"internal/daemon", "internal/errdef", "internal/guest", "internal/guestmem", "internal/image", "internal/linux",
 		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
 	"internal/daemon": {

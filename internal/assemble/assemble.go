@@ -141,6 +141,7 @@ func (p Parts) bench(ctx context.Context, o cli.BenchOptions) error {
 		}
 		return bench.Run(ctx, d, bench.Options{
 			Snapshot: o.Snapshot, Forks: o.Forks, Rounds: o.Rounds, Floor: o.Floor, Out: o.Out, JSON: o.JSON,
+			Branch: o.Branch, Memory: o.Memory,
 		})
 	})
 }

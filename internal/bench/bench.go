@@ -37,6 +37,11 @@ type Options struct {
 	Rounds int
 	// Floor measures bare QEMU too.
 	Floor bool
+	// Branch measures branches and nothing else: in guests of Memory MiB of
+	// which Dirty MiB are written, and forks of trees so many branches deep.
+	// Forks and Floor do not matter then. What is nil has its default.
+	Branch                bool
+	Memory, Dirty, Depths []int
 	// Out receives the tables, or one JSON object if JSON is set.
 	Out  io.Writer
 	JSON bool
@@ -82,6 +87,9 @@ func Measure(ctx context.Context, d *daemon.Daemon, opts Options) (_ *Result, er
 	sub, err := newSubject(d, opts.Snapshot)
 	if err != nil {
 		return nil, err
+	}
+	if opts.Branch {
+		return measureBranches(ctx, sub, opts)
 	}
 	work, err := os.MkdirTemp(filepath.Dir(d.Sandboxes.Dir), "bench-")
 	if err != nil {
@@ -152,6 +160,6 @@ func (s *subject) result(opts Options) *Result {
 	return &Result{
 		Version: Version, At: time.Now().UTC().Truncate(time.Second),
 		Snapshot: s.ref, Digest: s.snap.Digest, Engine: m.Engine, EngineVersion: m.EngineVersion,
-		Machine: m.Machine, CPUs: runtime.NumCPU(), Rounds: opts.Rounds,
+		Machine: m.Machine, CPUs: runtime.NumCPU(), Rounds: opts.Rounds, Rows: []Row{}, Parallel: []Parallel{},
 	}
 }

@@ -23,6 +23,7 @@ func open(t *testing.T) *daemon.Daemon {
 	vmtest.Snapshot(t)
 	d, err := daemon.Open(t.Context(), daemon.Config{
 		StateDir: vmtest.StateDir(t), Engine: vmtest.Engine(t), Agent: vmtest.Program(t, "tine-agent"), Ephemeral: true,
+		Twin: []string{vmtest.Program(t, "tine"), "role", "twin"},
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -45,6 +45,8 @@ type Result struct {
 	NoFloor  string     `json:"no_floor,omitempty"`
 	Rows     []Row      `json:"rows"`
 	Parallel []Parallel `json:"parallel"`
+	// Branches is all that there is when branches were measured.
+	Branches []BranchRow `json:"branches,omitempty"`
 }
 
 // Row is one thing that was measured on one machine at a time.

@@ -17,6 +17,9 @@ func (r *Result) write(w io.Writer, asJSON bool) error {
 		r.Snapshot, r.Engine, r.EngineVersion, r.Machine.MemoryMiB, r.Machine.VCPUs, r.CPUs); err != nil {
 		return err
 	}
+	if err := r.writeBranches(w); err != nil {
+		return err
+	}
 	if err := r.writeRows(w); err != nil {
 		return err
 	}
@@ -29,6 +32,9 @@ func (r *Result) write(w io.Writer, asJSON bool) error {
 // Errors of the writes into a tabwriter show at Flush.
 
 func (r *Result) writeRows(w io.Writer) error {
+	if len(r.Rows) == 0 {
+		return nil
+	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	_, _ = fmt.Fprint(t, "STEP\tEND POINT\tUNIT\tTINE: MEDIAN\tMIN\tP95\tFLOOR: MEDIAN\tMIN\tP95\tRATIO\tTARGET\n")
 	for _, row := range r.Rows {
@@ -58,6 +64,7 @@ func (r *Result) writeEnd(w io.Writer) error {
 	if r.NoFloor != "" {
 		fmt.Fprintf(&text, "floor n/a: %s\n", r.NoFloor)
 	}
+	text.WriteString(r.warnings())
 	for _, p := range r.Parallel {
 		if p.Tine.Error != "" {
 			fmt.Fprintf(&text, "%d forks at once, %s: %s\n", p.Forks, p.Point, p.Tine.Error)
@@ -86,6 +93,9 @@ func (r *Result) count() (met, all int) {
 	}
 	for _, p := range r.Parallel {
 		add(p.Targets)
+	}
+	for _, row := range r.Branches {
+		add(row.Targets)
 	}
 	return met, all
 }

@@ -106,9 +106,13 @@ func (a *app) benchCommand() *cobra.Command {
 		Use:   "bench",
 		Short: "Measure forks on this host",
 		Long: `Bench measures cold boots, forks and round trips in a daemon of its own, and
-beside them the floor: the same steps done by hand with the bare monitor.`,
+beside them the floor: the same steps done by hand with the bare monitor.
+
+With --branch it measures branches, roll-backs and suspensions instead, of
+guests with little and with much to copy; that takes some ten minutes.`,
 		Example: `  tine bench
-  tine bench --forks 1,10 --rounds 3 --json`,
+  tine bench --forks 1,10 --rounds 3 --json
+  tine bench --branch --memory 512`,
 		Args: cobra.NoArgs,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			if a.Deps.Bench == nil {
@@ -125,6 +129,8 @@ beside them the floor: the same steps done by hand with the bare monitor.`,
 	f.IntSliceVar(&opts.Forks, "forks", []int{1, 10, 50, 100}, "how many to fork in parallel")
 	f.IntVar(&opts.Rounds, "rounds", 5, "how often to repeat each measurement")
 	f.BoolVar(&opts.Floor, "floor", true, "measure the bare monitor beside it")
+	f.BoolVar(&opts.Branch, "branch", false, "measure branches instead of forks")
+	f.IntSliceVar(&opts.Memory, "memory", nil, "memory of the guests that are branched, in `MiB` (default 512,2048)")
 	return cmd
 }
 

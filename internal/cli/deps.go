@@ -79,6 +79,9 @@ type BenchOptions struct {
 	Rounds int
 	// Floor measures bare QEMU beside it.
 	Floor bool
+	// Branch measures branches instead, of guests with so much Memory, in MiB.
+	Branch bool
+	Memory []int
 	// Out receives the result, as JSON if JSON is set.
 	Out  io.Writer
 	JSON bool

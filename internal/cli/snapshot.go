@@ -45,6 +45,7 @@ func (a *app) snapshotCreate() *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&req.Image, "image", "", "image to boot, by name or digest (default TAG)")
 	f.IntVar(&req.MemoryMiB, "memory", 0, "the machine's memory in `MiB` (default the daemon's)")
+	f.IntVar(&req.DiskMiB, "disk", 0, "give it a scratch disk of so many `MiB`, which what is written goes to (default none: it stays in memory)")
 	f.IntVar(&req.VCPUs, "cpus", 0, "the machine's processors (default the daemon's)")
 	f.StringArrayVar(&req.Warmup, "warmup", nil, "shell `command` to run before freezing; may be repeated")
 	f.StringSliceVar(&req.Imports, "import", nil, "`modules` for the warm interpreter to load")
@@ -97,7 +98,11 @@ func detailTable(d client.SnapshotDetail) table {
 	t.add("digest", d.Digest)
 	t.add("image", strings.TrimSpace(d.Image+" "+short(d.ImageDigest)))
 	t.add("engine", d.Engine+" "+d.EngineVersion)
-	t.add("machine", fmt.Sprintf("%d MiB, %d CPU", d.MemoryMiB, d.VCPUs))
+	machine := fmt.Sprintf("%d MiB, %d CPU", d.MemoryMiB, d.VCPUs)
+	if d.DiskMiB > 0 {
+		machine += fmt.Sprintf(", disk of %d MiB", d.DiskMiB)
+	}
+	t.add("machine", machine)
 	t.add("memory", fmt.Sprintf("%s, %s on disk", mib(d.MemoryLogicalBytes), mib(d.MemoryPhysicalBytes)))
 	t.add("device state", mib(d.VmstateBytes))
 	if d.Mode != "" {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/snapshot"
 )
@@ -158,24 +159,44 @@ func (w *branching) take(ctx context.Context) error {
 	if err = w.c.instant(ctx); err != nil {
 		return cause(vm, err)
 	}
+	if err = w.c.keepDisk(ctx); err != nil {
+		return err
+	}
+	b.stepClock(ctx)
 	progress.Report(ctx, "branch", fmt.Sprintf("the sandbox was paused for %.1f ms", w.c.facts.PauseMS))
 	return nil
 }
 
-// quiesceTime bounds the attempt to have the agent at rest.
-const quiesceTime = 100 * time.Millisecond
+// tellTime bounds what a branch asks of the agent: one that takes longer is not
+// waited for.
+const tellTime = 100 * time.Millisecond
+
+// tell asks something of the agent, for one who has the turn.
+func (b *box) tell(ctx context.Context, what func(*guest.Client, context.Context) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, tellTime, errNoAnswer)
+	defer cancel()
+	c, err := b.talk(ctx)
+	if err != nil {
+		return err
+	}
+	return what(c, ctx)
+}
 
 // quiesce has the agent note which interpreters are at rest, which makes forks
 // of the branch quicker. A guest that does not answer is branched as it is.
 func (b *box) quiesce(ctx context.Context) {
-	ctx, cancel := context.WithTimeoutCause(ctx, quiesceTime, errNoAnswer)
-	defer cancel()
-	c, err := b.talk(ctx)
-	if err == nil {
-		err = c.Quiesce(ctx)
-	}
+	err := b.tell(ctx, (*guest.Client).Quiesce)
 	if err != nil {
 		b.m.Logger.DebugContext(ctx, "branched without the agent's help", "sandbox", b.id, "error", err)
+	}
+}
+
+// stepClock makes up for the pause: the guest's clock stood still in it. A guest
+// that does not answer is left behind.
+func (b *box) stepClock(ctx context.Context) {
+	err := b.tell(ctx, (*guest.Client).SetClock)
+	if err != nil {
+		b.m.Logger.DebugContext(ctx, "clock not stepped after a branch", "sandbox", b.id, "error", err)
 	}
 }
 

@@ -7,7 +7,9 @@ import (
 	_ "embed"
 	"encoding/json"
 	"fmt"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -81,20 +83,33 @@ func (l *lab) branch(t *testing.T, store *snapshot.Store, id string, mode sandbo
 	return snap
 }
 
-// branches is how many branches TestVMBranches takes.
-const branches = 12
+// number is what the environment says under the name, for a run by hand that
+// takes longer than every run should.
+func number(t *testing.T, name string, otherwise int) int {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return otherwise
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
 
 // TestVMBranches branches a machine that writes as fast as it can, in all
 // modes, and has a fork of each branch say whether it is of one instant.
+// $TINE_TEST_BRANCHES and $TINE_TEST_DIRTY_MIB ask for more.
 func TestVMBranches(t *testing.T) {
 	l := newLab(t)
 	store, _ := vmtest.Snapshot(t)
 	source := l.fork(t, 1)[0]
-	l.testify(t, source, 64)
+	l.testify(t, source, number(t, "TINE_TEST_DIRTY_MIB", 32))
 	modes := []sandbox.Mode{sandbox.Live, sandbox.Diff, sandbox.Full}
 	var seen []string
 	last := 0
-	for i := range branches {
+	for i := range number(t, "TINE_TEST_BRANCHES", 9) {
 		mode := modes[i%len(modes)]
 		snap := l.branch(t, store, source, mode)
 		if snap.Mode != string(mode) {

@@ -34,6 +34,7 @@ type capture struct {
 	twin   *guestmem.Pending     // for Live: ready to be made
 	room   *guestmem.Reservation // for Diff and Full: room for a copy
 	source guestmem.Source       // the memory of the instant
+	disk   []string              // the files of the disk of the instant
 	memory undo.Stack            // of what source holds
 }
 
@@ -71,6 +72,9 @@ func (c *capture) prepare(originDigest, head string) (err error) {
 
 // arm makes ready for the instant whatever takes time.
 func (c *capture) arm(ctx context.Context) (err error) {
+	if err = c.vm.PrepareDisk(ctx); err != nil {
+		return err
+	}
 	if c.mode == Live {
 		c.twin, err = c.m.Freezer.Prepare(ctx, c.space)
 		if err == nil {
@@ -196,10 +200,27 @@ func (c *capture) instant(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if err = c.vm.SaveDevice(ctx, c.stage.DevicePath()); err != nil {
+	if err = c.devices(ctx); err != nil {
 		return err
 	}
 	return c.freeze(ctx)
+}
+
+// devices takes the disk and the state of the devices of a paused machine.
+func (c *capture) devices(ctx context.Context) (err error) {
+	if c.disk, err = c.vm.FreezeDisk(ctx); err != nil {
+		return err
+	}
+	return c.vm.SaveDevice(ctx, c.stage.DevicePath())
+}
+
+// keepDisk puts the disk of the instant into the stage. Its files stay where
+// they are only as long as the sandbox's turn.
+func (c *capture) keepDisk(ctx context.Context) error {
+	if len(c.disk) == 0 {
+		return nil
+	}
+	return c.stage.LinkDisk(ctx, c.disk)
 }
 
 // freeze makes source the memory of this instant.

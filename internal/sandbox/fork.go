@@ -260,7 +260,7 @@ func (m *Manager) raise(ctx context.Context, o *origin, id, seat string) (vmm.VM
 	}
 	common.Leases = o.pins
 	vm, err := m.Engine.Restore(ctx, vmm.RestoreSpec{
-		Common: common, Memory: o.base.Path, Device: o.snap.DevicePath(), Fill: o.fill,
+		Common: common, Memory: o.base.Path, Device: o.snap.DevicePath(), Fill: o.fill, Disk: o.snap.DiskPaths(),
 	})
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(common.Dir))

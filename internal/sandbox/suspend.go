@@ -119,7 +119,7 @@ func (b *box) freeze(ctx context.Context, c *capture) error {
 	if err := c.vm.Pause(ctx); err != nil {
 		return err
 	}
-	if err := c.vm.SaveDevice(ctx, c.stage.DevicePath()); err != nil {
+	if err := errors.Join(c.devices(ctx), c.keepDisk(ctx)); err != nil {
 		return err
 	}
 	c.source = c.space // it does not run, and will not

@@ -54,7 +54,7 @@ func (m *Manager) createSnapshot(ctx context.Context, req SnapshotRequest) (_ sn
 	}
 	defer func() { err = errors.Join(err, stage.Abort()) }()
 	t := &template{m: m, img: img, req: req, stage: stage, shape: m.shape(req.Machine)}
-	if err = t.room(); err != nil {
+	if err = errors.Join(t.check(), t.room()); err != nil {
 		return snapshot.Snapshot{}, err
 	}
 	if err = t.make(ctx); err != nil {
@@ -73,6 +73,9 @@ func (m *Manager) shape(asked vmm.Machine) vmm.Machine {
 	}
 	if asked.VCPUs != 0 {
 		shape.VCPUs = asked.VCPUs
+	}
+	if asked.DiskMiB != 0 {
+		shape.DiskMiB = asked.DiskMiB
 	}
 	return shape
 }
@@ -99,6 +102,19 @@ func (t *template) manifest() snapshot.Manifest {
 		Engine: t.m.Engine.Name(), EngineVersion: t.m.Engine.Version(), Machine: t.shape,
 		Image: t.img.Digest, Warmup: warmup, Languages: t.languages,
 	}
+}
+
+// The smallest and the largest scratch disk, in MiB.
+const (
+	minDisk = 16
+	maxDisk = 1 << 20
+)
+
+func (t *template) check() error {
+	if d := t.shape.DiskMiB; d != 0 && (d < minDisk || d > maxDisk) {
+		return fmt.Errorf("%w: scratch disk of %d MiB: it must be %d to %d", errdef.ErrInvalid, d, minDisk, maxDisk)
+	}
+	return nil
 }
 
 // room checks that the disk can take all of the machine's memory: one that ran
@@ -188,6 +204,12 @@ func (t *template) boot(ctx context.Context, id string) error {
 		Memory: t.stage.MemoryPath(),
 	}
 	spec.DieWithParent = true
+	if t.shape.DiskMiB > 0 {
+		spec.Disk = t.stage.DiskPath()
+		if err = image.FormatDisk(ctx, spec.Disk, int64(t.shape.DiskMiB)<<20); err != nil {
+			return err
+		}
+	}
 	vm, err := t.m.Engine.Start(ctx, spec)
 	if err != nil {
 		return err
