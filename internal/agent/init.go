@@ -22,7 +22,8 @@ import (
 const (
 	optLink    = "tine.link"    // virtio-serial (default) or vsock
 	optRoot    = "tine.root"    // the root device, default /dev/pmem0
-	optUpper   = "tine.upper"   // the overlay's size as tmpfs takes it, default 50%: a full one is an error, not the end of a process
+	optDisk    = "tine.disk"    // the scratch disk that takes what is written, if there is one
+	optUpper   = "tine.upper"   // without a disk: the overlay's size as tmpfs takes it, default 50%: a full one is an error, not the end of a process
 	optReserve = "tine.reserve" // MiB of memory kept from processes, default 24
 	optPIDs    = "tine.pids"    // processes and threads at most, default by memory
 )
@@ -142,20 +143,34 @@ func (b *boot) number(name string, otherwise int) int {
 	return otherwise
 }
 
-// loadModules loads what /modules/order lists. A module that does not load may
-// be built in, or for another machine; what is really missing shows later.
+// loadModules loads what every machine needs, and what a disk does if there is
+// one.
 func (b *boot) loadModules() error {
-	list, err := os.ReadFile("/modules/order")
+	lists := []string{"/modules/order"}
+	if b.option(optDisk, "") != "" {
+		lists = append(lists, "/modules/order.d/blk", "/modules/order.d/ext4")
+	}
+	var errs []error
+	for _, list := range lists {
+		errs = append(errs, b.loadList(list))
+	}
+	return errors.Join(errs...)
+}
+
+// loadList loads the modules that a file lists. A module that does not load may
+// be built in, or for another machine; what is really missing shows later.
+func (b *boot) loadList(path string) error {
+	list, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
 	for line := range strings.Lines(string(list)) {
-		path := strings.TrimSpace(line)
-		if path == "" {
+		module := strings.TrimSpace(line)
+		if module == "" {
 			continue
 		}
-		if merr := loadModule(filepath.Join("/modules", strings.TrimPrefix(path, "/modules/"))); merr != nil {
-			b.log.Warn("load module", "path", path, "error", merr)
+		if merr := loadModule(filepath.Join("/modules", strings.TrimPrefix(module, "/modules/"))); merr != nil {
+			b.log.Warn("load module", "path", module, "error", merr)
 		}
 	}
 	return err
@@ -178,20 +193,18 @@ func loadModule(path string) error {
 	return err
 }
 
-// mountRoot mounts the image, read only, and an overlay in memory over it.
+// mountRoot mounts the image, read only, and over it an overlay for what is
+// written.
 func (b *boot) mountRoot() error {
 	device := b.option(optRoot, "/dev/pmem0")
-	err := waitFor(device, deviceTime, func() bool {
-		_, serr := os.Stat(device)
-		return serr == nil
-	})
+	if err := waitForDevice(device); err != nil {
+		return err
+	}
+	if err := mountImage(device, "/lower"); err != nil {
+		return err
+	}
+	options, err := b.mountUpper("/upper")
 	if err != nil {
-		return err
-	}
-	if err = mountImage(device, "/lower"); err != nil {
-		return err
-	}
-	if err = mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755,size="+b.option(optUpper, "50%")); err != nil {
 		return err
 	}
 	for _, dir := range []string{"/upper/upper", "/upper/work"} {
@@ -199,7 +212,32 @@ func (b *boot) mountRoot() error {
 			return err
 		}
 	}
-	return mount("tine", "/newroot", "overlay", 0, "lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work")
+	return mount("tine", "/newroot", "overlay", 0, "lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work"+options)
+}
+
+// mountUpper mounts what holds all that is written: the scratch disk, or else
+// memory. It returns what the overlay is to be told of it.
+//
+// The disk and the machine's memory are frozen at one instant, and are lost at
+// one. So nothing need ever be brought from one to the other for safety: not by
+// barriers, and not when a program asks for it, which makes many a program
+// quicker. The kernel does so in its own time, to have memory free.
+func (b *boot) mountUpper(target string) (options string, err error) {
+	disk := b.option(optDisk, "")
+	if disk == "" {
+		return "", mount("tmpfs", target, "tmpfs", 0, "mode=0755,size="+b.option(optUpper, "50%"))
+	}
+	if err = waitForDevice(disk); err != nil {
+		return "", err
+	}
+	return ",volatile", mount(disk, target, "ext4", unix.MS_NOATIME, "nobarrier,noinit_itable")
+}
+
+func waitForDevice(path string) error {
+	return waitFor(path, deviceTime, func() bool {
+		_, err := os.Stat(path)
+		return err == nil
+	})
 }
 
 // keepUpper keeps a view of the overlay's upper directory, to which no path

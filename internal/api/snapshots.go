@@ -100,7 +100,7 @@ func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotReques
 	}
 	req := sandbox.SnapshotRequest{
 		Tag: r.Body.Tag, Image: r.Body.Image, Warmup: r.Body.Warmup, Imports: r.Body.Imports, Replace: r.Body.Replace,
-		Machine: vmm.Machine{MemoryMiB: r.Body.MemoryMiB, VCPUs: r.Body.VCPUs},
+		Machine: vmm.Machine{MemoryMiB: r.Body.MemoryMiB, VCPUs: r.Body.VCPUs, DiskMiB: r.Body.DiskMiB},
 	}
 	create := func(ctx context.Context) (wire.Snapshot, error) {
 		snap, err := s.Sandboxes.CreateSnapshot(ctx, req)
@@ -128,8 +128,8 @@ func checkCreateSnapshot(b wire.CreateSnapshotRequest) error {
 			"build an image with POST /v1/images and name it in `image`")
 	case b.Image == "":
 		return fmt.Errorf("%w: image is missing", errdef.ErrInvalid)
-	case b.MemoryMiB < 0 || b.VCPUs < 0:
-		return fmt.Errorf("%w: memory_mib and vcpus must not be negative", errdef.ErrInvalid)
+	case b.MemoryMiB < 0 || b.VCPUs < 0 || b.DiskMiB < 0:
+		return fmt.Errorf("%w: memory_mib, vcpus and disk_mib must not be negative", errdef.ErrInvalid)
 	}
 	return nil
 }
@@ -221,7 +221,7 @@ func (s *server) GetSnapshotInfo(_ context.Context, r wire.GetSnapshotInfoReques
 		BranchedFrom: snap.BranchedFrom, Mode: snap.Mode, PauseMS: snapOut.PauseMS, DiffMS: snap.DiffMS,
 		DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
 		Image: snapOut.Image, ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion,
-		MemoryMiB: m.Machine.MemoryMiB, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
+		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
 		BootMS: snap.BootMS, SnapshotMS: snap.SnapshotMS, Warning: snapOut.Warning,
 		Sandboxes: s.sandboxesOf(snap), Pool: *snapOut.Pool,
 	}
@@ -367,7 +367,7 @@ func (s *server) snapshotOf(snap snapshot.Snapshot, known names) wire.Snapshot {
 		Tag: snap.Tag, Dir: snap.Dir(), CreatedAtUnix: max(snap.CreatedAt.Unix(), 0), BranchedFrom: snap.BranchedFrom,
 		Status: wire.SnapshotStatus(snap.Status), Bootable: snap.Status == snapshot.StatusReady,
 		Digest: snap.Digest, Image: known.images[m.Image], ImageDigest: m.Image, Engine: m.Engine,
-		MemoryMiB: m.Machine.MemoryMiB, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,
+		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,
 		PauseMS: cmp.Or(int64(math.Ceil(snap.PauseMS)), snap.SnapshotMS), Mode: snap.Mode, Auto: snap.Auto,
 		DiffMS: snap.DiffMS, DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
 		ParentDigest: m.Parent, ParentTag: known.tags[m.Parent], ChainDepth: snap.Depth,

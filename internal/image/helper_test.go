@@ -179,6 +179,6 @@ func testModules() map[string]string {
 		"virtio_console": "virtio,virtio_ring", "libnvdimm": "", "nfit": "libnvdimm", "nd_btt": "libnvdimm",
 		"nd_pmem": "libnvdimm,nd_btt", "nd_virtio": "virtio_ring,libnvdimm", "virtio_pmem": "nd_virtio,virtio,libnvdimm",
 		"libcrc32c": "crc32c_generic", "erofs": "libcrc32c", "overlay": "", "virtio-blk": "virtio,shared", "virtio_net": "shared,virtio_ring", "shared": "",
-		"unwanted": "",
+		"ext4": "jbd2,mbcache", "jbd2": "", "mbcache": "", "unwanted": "",
 	}
 }

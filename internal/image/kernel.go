@@ -59,7 +59,7 @@ func (s *Store) kernel(ctx context.Context, src kernelSource, refresh bool) (ker
 	if err != nil {
 		return kernelArtifact{}, false, err
 	}
-	key, err := cacheKey("kernel", id)
+	key, err := cacheKey("kernel", id, moduleNeeds())
 	if err != nil {
 		return kernelArtifact{}, false, err
 	}

@@ -33,15 +33,29 @@ var (
 		{"erofs", true},
 		{"overlay", true},
 	}
-	// features are loaded when the machine has the device, and may be missing.
+	// features are loaded when the machine has what they are for, and may be
+	// missing.
 	features = []struct{ name, module string }{
 		{"blk", "virtio_blk"},
+		{"ext4", "ext4"},
 		{"mmio", "virtio_mmio"},
 		{"net", "virtio_net"},
 		{"nvdimm", "nfit"},
 		{"vsock", "vmw_vsock_virtio_transport"},
 	}
 )
+
+// moduleNeeds is all that decides which modules of a kernel are taken.
+func moduleNeeds() []string {
+	var all []string
+	for _, b := range bootModules {
+		all = append(all, b.name)
+	}
+	for _, f := range features {
+		all = append(all, f.name+":"+f.module)
+	}
+	return all
+}
 
 // maxModule bounds one module, unpacked.
 const maxModule = 64 << 20

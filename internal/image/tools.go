@@ -33,13 +33,15 @@ type tool struct{ name, pkg, why string }
 
 var (
 	toolMkfs       = tool{"mkfs.erofs", "erofs-utils", "writes root filesystems"}
+	toolMkfsExt4   = tool{"mkfs.ext4", "e2fsprogs", "formats scratch disks"}
 	toolMmdebstrap = tool{"mmdebstrap", "mmdebstrap", "makes Debian systems and fetches Debian's kernel"}
 )
 
-// HostTools looks for the programs that builds run. Stored images need none.
+// HostTools looks for the programs that builds run. Stored images need none,
+// but for templates that are to have a scratch disk.
 func HostTools() []ToolStatus {
 	var all []ToolStatus
-	for _, t := range []tool{toolMkfs, toolMmdebstrap} {
+	for _, t := range []tool{toolMkfs, toolMkfsExt4, toolMmdebstrap} {
 		path, err := t.find()
 		all = append(all, ToolStatus{Name: t.name, Path: path, Package: t.pkg, Why: t.why, Err: err})
 	}
@@ -49,6 +51,9 @@ func HostTools() []ToolStatus {
 func (t tool) find() (string, error) {
 	path, err := exec.LookPath(t.name)
 	if err != nil {
+		if sbin, sbinErr := exec.LookPath("/sbin/" + t.name); sbinErr == nil {
+			return sbin, nil // where only root looks
+		}
 		err = fmt.Errorf("%w: %s (%s): %w", errdef.ErrUnavailable, t.name, t.why, err)
 		return "", errdef.WithHint(err, "install the package "+t.pkg)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
@@ -69,17 +70,13 @@ func (l *lab) ask(t *testing.T, id string) sighting {
 }
 
 // branch makes a branch that goes with the test.
-func (l *lab) branch(t *testing.T, store *snapshot.Store, id string, mode sandbox.Mode) snapshot.Snapshot {
+func (l *lab) branch(t *testing.T, id string, mode sandbox.Mode) snapshot.Snapshot {
 	t.Helper()
 	snap, err := l.Branch(within(t, time.Minute), id, sandbox.BranchRequest{Mode: mode})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := store.Remove(context.WithoutCancel(t.Context()), snap.Tag); err != nil {
-			t.Error(err)
-		}
-	})
+	l.tags = append(l.tags, snap.Tag)
 	return snap
 }
 
@@ -103,7 +100,6 @@ func number(t *testing.T, name string, otherwise int) int {
 // $TINE_TEST_BRANCHES and $TINE_TEST_DIRTY_MIB ask for more.
 func TestVMBranches(t *testing.T) {
 	l := newLab(t)
-	store, _ := vmtest.Snapshot(t)
 	source := l.fork(t, 1)[0]
 	l.testify(t, source, number(t, "TINE_TEST_DIRTY_MIB", 32))
 	modes := []sandbox.Mode{sandbox.Live, sandbox.Diff, sandbox.Full}
@@ -111,7 +107,7 @@ func TestVMBranches(t *testing.T) {
 	last := 0
 	for i := range number(t, "TINE_TEST_BRANCHES", 9) {
 		mode := modes[i%len(modes)]
-		snap := l.branch(t, store, source, mode)
+		snap := l.branch(t, source, mode)
 		if snap.Mode != string(mode) {
 			t.Errorf("mode %s: %s", snap.Mode, snap.Warning)
 		}
@@ -140,10 +136,9 @@ func TestVMBranches(t *testing.T) {
 // the disk and back: each time it goes on from where it was.
 func TestVMRollbackAndSuspend(t *testing.T) {
 	l := newLab(t)
-	store, _ := vmtest.Snapshot(t)
 	id := l.fork(t, 1)[0]
 	l.testify(t, id, 16)
-	node := l.branch(t, store, id, sandbox.Live)
+	node := l.branch(t, id, sandbox.Live)
 	l.sh(t, id, "echo later > /root/later; rm /root/witness.py")
 	now := l.ask(t, id)
 
@@ -185,4 +180,57 @@ func TestVMRollbackAndSuspend(t *testing.T) {
 		back = again
 	}
 	t.Logf("counts: %d at the node and on, %d in the end", now.Count, back.Count)
+}
+
+// TestVMBranchesWithDisk: what is on the scratch disk is of the same instant as
+// the memory, in branches, after a roll-back and after a suspension.
+func TestVMBranchesWithDisk(t *testing.T) {
+	l := newLab(t)
+	_, py := vmtest.Snapshot(t)
+	const tag = "branch-test-disk"
+	_, err := l.CreateSnapshot(within(t, 2*time.Minute), sandbox.SnapshotRequest{
+		Tag: tag, Image: py.Manifest.Image, Machine: vmm.Machine{MemoryMiB: 256, DiskMiB: 512}, Replace: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.tags = append(l.tags, tag)
+	from := func(tag string) func(*sandbox.ForkRequest) {
+		return func(req *sandbox.ForkRequest) { req.Snapshot = tag }
+	}
+	id := l.fork(t, 1, from(tag))[0]
+	l.testify(t, id, 8)
+	const fill = "head -c 20000000 /dev/urandom > /root/noise; sha256sum /root/noise > /root/sum"
+	const whole = "sha256sum --quiet -c /root/sum && df --output=size -m / | tail -1"
+	l.sh(t, id, fill)
+	if size := l.sh(t, id, whole); len(size) < 3 || size > "520" {
+		t.Errorf("the root has %s MiB", size)
+	}
+	var nodes []snapshot.Snapshot
+	for _, mode := range []sandbox.Mode{sandbox.Live, sandbox.Diff, sandbox.Full} {
+		nodes = append(nodes, l.branch(t, id, mode))
+		l.sh(t, id, "echo "+string(mode)+" >> /root/modes; sync")
+	}
+	l.sh(t, id, fill)
+	for i, node := range nodes {
+		kid := l.fork(t, 1, from(node.Tag))[0]
+		l.sh(t, kid, whole)
+		seen := l.ask(t, kid)
+		seen.consistent(t, node.Mode)
+		if n := l.sh(t, kid, "cat /root/modes 2>/dev/null | wc -l"); n != strconv.Itoa(i) {
+			t.Errorf("%s: %s modes are on its disk, want %d", node.Mode, n, i)
+		}
+		l.sh(t, kid, "echo mine > /root/mine; "+fill) // which no sibling must see
+		t.Logf("%s: paused %.1f ms, %d files of disk", node.Mode, node.PauseMS, len(node.Manifest.Disk))
+	}
+	if _, err = l.Suspend(within(t, time.Minute), id); err != nil {
+		t.Fatal(err)
+	}
+	l.sh(t, id, whole+" && test ! -e /root/mine")
+	if _, err = l.Rollback(within(t, time.Minute), id, nodes[1].Tag); err != nil {
+		t.Fatal(err)
+	}
+	l.sh(t, id, whole)
+	back := l.ask(t, id)
+	back.consistent(t, "rolled back")
 }

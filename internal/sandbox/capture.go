@@ -72,8 +72,8 @@ func (c *capture) prepare(originDigest, head string) (err error) {
 
 // arm makes ready for the instant whatever takes time.
 func (c *capture) arm(ctx context.Context) (err error) {
-	if err = c.vm.PrepareDisk(ctx); err != nil {
-		return err
+	if err = c.vm.PrepareDisk(ctx); err != nil { // the instant takes longer, no more
+		c.m.Logger.WarnContext(ctx, "scratch disk not prepared for a branch", "error", err)
 	}
 	if c.mode == Live {
 		c.twin, err = c.m.Freezer.Prepare(ctx, c.space)

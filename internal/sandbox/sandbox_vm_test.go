@@ -23,13 +23,16 @@ import (
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
 // lab is a Manager of real machines, on the shared snapshot.
 type lab struct {
 	*sandbox.Manager
-	dir string
+	dir   string
+	store *snapshot.Store // shared; tags are what the test adds to it
+	tags  []string
 }
 
 // newLab makes an ephemeral Manager, at whose end nothing may be left.
@@ -50,7 +53,7 @@ func openLab(t *testing.T, dir string, ephemeral bool) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &lab{m, dir}
+	return &lab{Manager: m, dir: dir, store: store}
 }
 
 // end closes the Manager and sees that it has left nothing.
@@ -66,6 +69,15 @@ func (l *lab) end(t *testing.T) {
 	}
 	if pids := l.processes(t); len(pids) > 0 {
 		t.Errorf("processes left behind: %v", pids)
+	}
+	ctx := context.WithoutCancel(t.Context())
+	for _, tag := range l.tags {
+		if err := l.store.Remove(ctx, tag); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := l.store.GC(ctx, false); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -252,6 +252,9 @@ func (s *Store) compactInto(ctx context.Context, st *Stage, from Snapshot) error
 	if err = errors.Join(flatten(ctx, chain, mem), mem.Close()); err != nil {
 		return err
 	}
+	if err = st.LinkDisk(ctx, from.DiskPaths()); err != nil {
+		return err
+	}
 	return s.copyDevice(from.DevicePath(), st.DevicePath())
 }
 

@@ -3,6 +3,7 @@ package snapshot
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -74,6 +75,59 @@ func layeredManifest(t testing.TB) ([]byte, Manifest) {
 		t.Fatal(err)
 	}
 	return data, m
+}
+
+// diskManifest is goodManifest of a machine with a disk of two files.
+func diskManifest(t testing.TB) ([]byte, Manifest) {
+	t.Helper()
+	_, m := goodManifest(t)
+	m.Machine.DiskMiB = 1
+	m.Disk = []File{{Digest: digestOf([]byte("raw")), Size: 1 << 20}, {Digest: digestOf([]byte("top")), Size: 3}}
+	data, _, err := m.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data, m
+}
+
+func TestDiskManifest(t *testing.T) {
+	t.Parallel()
+	plain, _ := goodManifest(t)
+	data, m := diskManifest(t)
+	want := strings.Replace(string(plain), `"vcpus": 1`, "\"vcpus\": 1,\n    \"disk_mib\": 1", 1)
+	want = strings.Replace(want, "  \"warmup\"", `  "disk": [
+    {
+      "digest": "`+m.Disk[0].Digest+`",
+      "size": 1048576
+    },
+    {
+      "digest": "`+m.Disk[1].Digest+`",
+      "size": 3
+    }
+  ],
+  "warmup"`, 1)
+	if diff := cmp.Diff(want, string(data)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	got, err := decodeManifest(data)
+	if diff := cmp.Diff(m, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	for name, spoil := range map[string]func(m *Manifest){
+		"no files":     func(m *Manifest) { m.Disk = nil },
+		"no disk":      func(m *Manifest) { m.Machine.DiskMiB = 0 },
+		"negative":     func(m *Manifest) { m.Machine.DiskMiB = -1 },
+		"another size": func(m *Manifest) { m.Machine.DiskMiB = 2 },
+		"many files":   func(m *Manifest) { m.Disk = slices.Repeat(m.Disk, MaxDisk) },
+		"no digest":    func(m *Manifest) { m.Disk = []File{{Size: 1 << 20}} },
+		"no size":      func(m *Manifest) { m.Disk = []File{m.Disk[0], {Digest: m.Disk[1].Digest, Size: -1}} },
+	} {
+		bad := m
+		spoil(&bad)
+		if _, _, err = bad.encode(); !errors.Is(err, errdef.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }
 
 func TestLayeredManifest(t *testing.T) {

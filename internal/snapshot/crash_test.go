@@ -80,6 +80,10 @@ func (c *cutFiles) rename(oldPath, newPath string) error {
 	return c.step(func() error { return c.hastyFiles.rename(oldPath, newPath) })
 }
 
+func (c *cutFiles) link(oldPath, newPath string) error {
+	return c.step(func() error { return c.hastyFiles.link(oldPath, newPath) })
+}
+
 func (c *cutFiles) remove(path string) error {
 	return c.step(func() error { return c.hastyFiles.remove(path) })
 }
@@ -107,7 +111,7 @@ func (c *cutFiles) removeAll(path string) error {
 
 // stageAndCommit is a writer that dies as a process does: its locks go, and
 // nothing is tidied up.
-func stageAndCommit(s *Store, t *testing.T, tag, content string, abort bool) error {
+func stageAndCommit(s *Store, t *testing.T, tag, content string, abort bool, disk ...string) error {
 	st, err := s.StageReplace(t.Context(), tag)
 	if err != nil {
 		return err
@@ -120,11 +124,27 @@ func stageAndCommit(s *Store, t *testing.T, tag, content string, abort bool) err
 	if err = write(st, content); err != nil {
 		return err
 	}
+	m := testManifest()
+	if disk != nil {
+		m.Machine.DiskMiB = 1
+		if err = st.LinkDisk(t.Context(), disk); err != nil {
+			return err
+		}
+	}
 	if abort {
 		return st.Abort()
 	}
-	_, err = st.Commit(t.Context(), testManifest(), Facts{CreatedAt: time.Unix(1, 0).UTC()})
+	_, err = st.Commit(t.Context(), m, Facts{CreatedAt: time.Unix(1, 0).UTC()})
 	return err
+}
+
+// diskAndCommit is a writer whose machine has a disk.
+func diskAndCommit(s *Store, t *testing.T) error {
+	raw, top := filepath.Join(t.TempDir(), "raw"), filepath.Join(t.TempDir(), "top")
+	if err := errors.Join(os.WriteFile(raw, rawDisk("raw"), 0o600), os.WriteFile(top, []byte("top"), 0o600)); err != nil {
+		return err
+	}
+	return stageAndCommit(s, t, "c", "three", false, raw, top)
 }
 
 type change struct {
@@ -138,6 +158,10 @@ var before = map[string]string{"a": "one", "b": "two"}
 var changes = map[string]change{
 	"commit": {
 		func(s *Store, t *testing.T) error { return stageAndCommit(s, t, "c", "three", false) },
+		map[string]string{"a": "one", "b": "two", "c": "three"},
+	},
+	"commit-disk": {
+		diskAndCommit,
 		map[string]string{"a": "one", "b": "two", "c": "three"},
 	},
 	"commit-equal": {

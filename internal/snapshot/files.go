@@ -16,6 +16,7 @@ type files interface {
 	replace(path string, data []byte) error
 	commitDir(stage, final string) error
 	rename(oldPath, newPath string) error
+	link(oldPath, newPath string) error
 	remove(path string) error
 	removeAll(path string) error
 	syncFile(path string) error
@@ -38,6 +39,8 @@ func (osFiles) replace(path string, data []byte) error { return durable.Replace(
 func (osFiles) commitDir(stage, final string) error { return durable.CommitDir(stage, final) }
 
 func (osFiles) rename(oldPath, newPath string) error { return os.Rename(oldPath, newPath) }
+
+func (osFiles) link(oldPath, newPath string) error { return os.Link(oldPath, newPath) }
 
 func (osFiles) remove(path string) error { return os.Remove(path) }
 

@@ -42,6 +42,10 @@ type Manifest struct {
 	Memory File `json:"memory,omitzero"`
 	Layer  File `json:"layer,omitzero"`
 	Device File `json:"device"`
+	// Disk are the files of the scratch disk, oldest first, if the machine has
+	// one. Commit fills them in too. They are all of the disk: of it a snapshot
+	// needs nothing from its parent.
+	Disk []File `json:"disk,omitempty"`
 	// Warmup is the command that ran before the snapshot was taken.
 	Warmup []string `json:"warmup,omitempty"`
 	// Languages are those with a warm interpreter.
@@ -67,11 +71,16 @@ type content struct {
 	File
 }
 
+// contents are the files of the snapshot: its memory or layer first.
 func (m *Manifest) contents() []content {
+	all := []content{{memoryFile, m.Memory}, {deviceFile, m.Device}}
 	if m.Layered() {
-		return []content{{layerFile, m.Layer}, {deviceFile, m.Device}}
+		all[0] = content{layerFile, m.Layer}
 	}
-	return []content{{memoryFile, m.Memory}, {deviceFile, m.Device}}
+	for i, f := range m.Disk {
+		all = append(all, content{diskFile(i), f})
+	}
+	return all
 }
 
 // encode returns the one way to write a valid manifest, and its digest.
@@ -133,6 +142,7 @@ func (d *decoded) manifest(digest string, data []byte) (Manifest, error) {
 		d.of[digest] = m
 	}
 	m.Warmup, m.Languages = slices.Clone(m.Warmup), slices.Clone(m.Languages)
+	m.Disk = slices.Clone(m.Disk)
 	return m, nil
 }
 
@@ -154,8 +164,7 @@ func (m *Manifest) validate() error {
 			return fmt.Errorf("%w: manifest: language %q", errdef.ErrInvalid, lang)
 		}
 	}
-	var errs []error
-	errs = append(errs, checkDigest(m.Image))
+	errs := []error{checkDigest(m.Image), m.checkDisk()}
 	for _, f := range m.contents() {
 		errs = append(errs, checkDigest(f.Digest))
 		if f.Size < 0 {

@@ -23,9 +23,10 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
-	"github.com/tinevm/tine/internal/linux"
 )
 
 // The names in a store's directory and in an object's.
@@ -70,6 +71,7 @@ type Store struct {
 	files  files
 
 	decoded decoded
+	hashed  hashed
 }
 
 // Snapshot is one snapshot as it was found. Only a ready one has a Manifest.
@@ -105,7 +107,8 @@ func (s Snapshot) FlatPath() string { return filepath.Join(s.dir, flatFile) }
 // DevicePath is the file of device state.
 func (s Snapshot) DevicePath() string { return filepath.Join(s.dir, deviceFile) }
 
-// DiskUse returns how many bytes of disk the snapshot takes.
+// DiskUse returns how many bytes of disk the snapshot takes, with its share of
+// what others have too.
 func (s Snapshot) DiskUse() (int64, error) { return diskUse(s.dir) }
 
 // Open opens the store in dir, which it makes when it is missing, and removes
@@ -454,7 +457,8 @@ func lockDir(path string, shared bool) (*os.File, error) {
 	return dir, nil
 }
 
-// diskUse adds up the files in a directory.
+// diskUse adds up the files in a directory. Of one that others have too, by a
+// link, it counts a share.
 func diskUse(dir string) (int64, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -462,11 +466,12 @@ func diskUse(dir string) (int64, error) {
 	}
 	var sum int64
 	for _, e := range entries {
-		size, err := linux.DiskUse(filepath.Join(dir, e.Name()))
-		if err != nil {
-			return 0, err
+		path := filepath.Join(dir, e.Name())
+		var st unix.Stat_t
+		if err = unix.Lstat(path, &st); err != nil {
+			return 0, &fs.PathError{Op: "stat", Path: path, Err: err}
 		}
-		sum += size
+		sum += st.Blocks * 512 / int64(max(st.Nlink, 1))
 	}
 	return sum, nil
 }

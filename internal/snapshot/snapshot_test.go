@@ -448,8 +448,8 @@ func TestVerifyRemembers(t *testing.T) {
 		t.Errorf("verify after check: %v", err)
 	}
 	flip(t, snap.MemoryPath(), 77)
-	if err = s.Verify(t.Context(), snap); err != nil || !verified(snap) {
-		t.Errorf("verify of the repaired file: %v, remembered: %t", err, verified(snap))
+	if err = s.Verify(t.Context(), snap); err != nil || !remembered(snap) {
+		t.Errorf("verify of the repaired file: %v, remembered: %t", err, remembered(snap))
 	}
 	wantClean(t, s)
 }

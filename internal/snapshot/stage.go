@@ -108,7 +108,7 @@ func (st *Stage) checkRoot() error {
 }
 
 // Dir is the stage's directory. At Commit it may hold the memory or a layer,
-// and the device state, and nothing else.
+// the device state and the files of a disk, and nothing else.
 func (st *Stage) Dir() string { return st.dir }
 
 // MemoryPath is where the machine's memory is to be written.
@@ -163,8 +163,13 @@ func (st *Stage) checkNames() error {
 	if err != nil {
 		return err
 	}
+	disk, err := st.diskNames()
+	if err != nil {
+		return err
+	}
+	names := append([]string{memoryFile, layerFile, deviceFile, manifestFile, memoFile}, disk...)
 	for _, e := range entries {
-		known := slices.Contains([]string{memoryFile, layerFile, deviceFile, manifestFile, memoFile}, e.Name())
+		known := slices.Contains(names, e.Name())
 		if !known || !e.Type().IsRegular() {
 			return fmt.Errorf("%w: unexpected file %s", errdef.ErrInvalid, filepath.Join(st.dir, e.Name()))
 		}
@@ -180,11 +185,18 @@ func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err erro
 		return "", err
 	}
 	m.Version = Version
-	sums, stamps, err := hashAll(ctx, st.dir, content, deviceFile)
+	disk, err := st.diskNames()
 	if err != nil {
 		return "", err
 	}
-	m.Memory, m.Layer, m.Device = sums[memoryFile], sums[layerFile], sums[deviceFile]
+	sums, stamps, err := st.hashStage(ctx, content, disk)
+	if err != nil {
+		return "", err
+	}
+	m.Memory, m.Layer, m.Device, m.Disk = sums[memoryFile], sums[layerFile], sums[deviceFile], nil
+	for _, name := range disk {
+		m.Disk = append(m.Disk, sums[name])
+	}
 	data, digest, err := m.encode()
 	if err != nil {
 		return "", err
@@ -198,6 +210,7 @@ func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err erro
 	if err = st.store.files.write(filepath.Join(st.dir, memoFile), stamps.encode()); err != nil {
 		return "", err
 	}
+	st.store.hashed.note(m, stamps)
 	return digest, st.store.files.write(filepath.Join(st.dir, manifestFile), data)
 }
 

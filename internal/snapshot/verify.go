@@ -86,7 +86,8 @@ func (s *Store) verifyChain(ctx context.Context, chain []Snapshot) error {
 }
 
 func (s *Store) verifyOne(ctx context.Context, snap Snapshot) error {
-	if verified(snap) {
+	if m, ok := verified(snap); ok {
+		s.hashed.note(&snap.Manifest, m)
 		return nil
 	}
 	verdict, err := verify(ctx, snap)
@@ -96,32 +97,36 @@ func (s *Store) verifyOne(ctx context.Context, snap Snapshot) error {
 	if err = s.files.replace(filepath.Join(snap.dir, memoFile), verdict.encode()); err != nil {
 		s.logger.WarnContext(ctx, "verdict not remembered", "snapshot", snap.ref(), "error", err)
 	}
+	s.hashed.note(&snap.Manifest, verdict)
 	return nil
 }
 
-// verified reports whether the memo holds.
-func verified(snap Snapshot) bool {
+// verified returns the memo if it holds.
+func verified(snap Snapshot) (m memo, ok bool) {
 	data, err := readFile(filepath.Join(snap.dir, memoFile))
 	if err != nil {
-		return false
+		return memo{}, false
 	}
-	var m memo
 	if decodeStrict(data, &m, &m.Version) != nil {
-		return false
+		return memo{}, false
 	}
 	for _, c := range snap.Manifest.contents() {
 		now, err := stampOf(filepath.Join(snap.dir, c.name))
 		if err != nil || m.Files[c.name] != now || now.Size != c.Size {
-			return false
+			return memo{}, false
 		}
 	}
-	return true
+	return m, true
 }
 
 // verify reads everything.
 func verify(ctx context.Context, snap Snapshot) (memo, error) {
 	contents := snap.Manifest.contents()
-	sums, stamps, err := hashAll(ctx, snap.dir, contents[0].name, contents[1].name)
+	var names []string
+	for _, c := range contents {
+		names = append(names, c.name)
+	}
+	sums, stamps, err := hashAll(ctx, snap.dir, names...)
 	if err != nil {
 		return memo{}, err
 	}

@@ -62,6 +62,8 @@ type Caps struct {
 type Machine struct {
 	MemoryMiB int `json:"memory_mib"`
 	VCPUs     int `json:"vcpus"`
+	// DiskMiB is the size of the scratch disk; 0 is a machine without one.
+	DiskMiB int `json:"disk_mib,omitempty"`
 }
 
 // Boot names the files a machine starts from. All are read only.
@@ -100,6 +102,11 @@ type StartSpec struct {
 	// not exist. Empty: RAM is private and anonymous, and the machine cannot be
 	// frozen. Either way the machine cannot be branched: VM.Memory refuses.
 	Memory string
+	// Disk is the path of the scratch disk, a raw file of the size that Machine
+	// says, which is there already. The guest writes to it, so no other machine
+	// may have it until this one is gone; after Freeze it is what a restored
+	// machine needs. It is given if, and only if, Machine.DiskMiB is above zero.
+	Disk string
 }
 
 // RestoreSpec is a machine to bring up from a frozen one.
@@ -112,6 +119,12 @@ type RestoreSpec struct {
 	// Device is the file of device state that Freeze or SaveDevice wrote: the
 	// engine sees which. A file that is neither is errdef.ErrInvalid.
 	Device string
+	// Disk are the files of the frozen scratch disk, oldest first: the raw one
+	// that a template had, and what FreezeDisk added. None of them changes, and
+	// none may be written to, renamed or removed while the machine lives, whose
+	// own writes go to files in its directory. They are given if, and only if,
+	// Machine.DiskMiB is above zero.
+	Disk []string
 	// Fill, if not nil, completes the memory: it writes what the image lacks,
 	// say the layers above it, into the space that it is given. It is called
 	// once, when the memory is mapped and before the machine has loaded device
@@ -137,7 +150,8 @@ type VM interface {
 
 	// Freeze pauses the machine and writes its device state to the file
 	// device, which must not exist. The machine stays paused; its memory is in
-	// StartSpec.Memory. On error the machine is resumed.
+	// StartSpec.Memory. On error the machine is resumed. Restored machines are
+	// branched instead; to freeze one is errdef.ErrInvalid.
 	Freeze(ctx context.Context, device string) error
 
 	// Pause stops the virtual CPUs; Resume lets them run. Both are idempotent.
@@ -157,6 +171,23 @@ type VM interface {
 	// It returns errdef.ErrConflict when the machine is not paused. On error
 	// there is no file, unless it was there before.
 	SaveDevice(ctx context.Context, device string) error
+
+	// PrepareDisk makes FreezeDisk quick, and keeps the number of files below a
+	// scratch disk within bounds: it may have the monitor join what was frozen
+	// in the life of this machine, which takes as long as to copy it, and remove
+	// the files that are needed no more. Call it before Pause, while the machine
+	// runs. When it fails nothing is lost, and FreezeDisk works all the same.
+	PrepareDisk(ctx context.Context) error
+
+	// FreezeDisk returns the files of a paused machine's scratch disk as it is
+	// now, oldest first, for RestoreSpec.Disk. None of them changes any more:
+	// the machine goes on with a new layer. Those in the machine's directory
+	// are there until the next PrepareDisk, so link to them before that. They
+	// are not synced. It is nil for a machine without a disk, and
+	// errdef.ErrConflict when the machine is not paused; a machine that was
+	// booted and not restored is errdef.ErrUnsupported. On error the machine
+	// can go on as if nothing had been.
+	FreezeDisk(ctx context.Context) ([]string, error)
 
 	// Memory says where the guest's RAM is mapped: a private mapping of
 	// RestoreSpec.Memory. It returns errdef.ErrUnsupported for a machine that
@@ -199,4 +230,6 @@ type Handle struct {
 	// without links, and empty if it maps none: VM.Memory finds the mapping by
 	// it.
 	Memory string `json:"memory,omitempty"`
+	// Disk is RestoreSpec.Disk, as absolute paths.
+	Disk []string `json:"disk,omitempty"`
 }

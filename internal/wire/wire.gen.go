@@ -344,6 +344,9 @@ type CreateSandboxesRequestIdleAction string
 
 // CreateSnapshotRequest A snapshot to make.
 type CreateSnapshotRequest struct {
+	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
+	DiskMiB int `json:"disk_mib,omitempty"`
+
 	// Image Name or digest of the image to boot.
 	Image string `json:"image,omitempty"`
 
@@ -698,7 +701,10 @@ type Sandbox struct {
 	BranchCount   int    `json:"branch_count"`
 	Code          string `json:"code,omitempty"`
 	CreatedAtUnix int64  `json:"created_at_unix"`
-	Engine        string `json:"engine,omitempty"`
+
+	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
+	DiskMiB int    `json:"disk_mib,omitempty"`
+	Engine  string `json:"engine,omitempty"`
 
 	// Error Why this child of a fork was not made.
 	Error string `json:"error,omitempty"`
@@ -786,10 +792,13 @@ type Snapshot struct {
 	DiffPhysicalBytes int64  `json:"diff_physical_bytes,omitempty"`
 	Digest            string `json:"digest,omitempty"`
 	Dir               string `json:"dir"`
-	Engine            string `json:"engine,omitempty"`
-	Image             string `json:"image,omitempty"`
-	ImageDigest       string `json:"image_digest,omitempty"`
-	MemoryMiB         int    `json:"memory_mib,omitempty"`
+
+	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
+	DiskMiB     int    `json:"disk_mib,omitempty"`
+	Engine      string `json:"engine,omitempty"`
+	Image       string `json:"image,omitempty"`
+	ImageDigest string `json:"image_digest,omitempty"`
+	MemoryMiB   int    `json:"memory_mib,omitempty"`
 
 	// MemoryPhysicalBytes What its own memory or layer takes on disk.
 	MemoryPhysicalBytes int64 `json:"memory_physical_bytes,omitempty"`
@@ -841,8 +850,11 @@ type SnapshotDetail struct {
 	DiffPhysicalBytes int64    `json:"diff_physical_bytes,omitempty"`
 	Digest            string   `json:"digest"`
 	Dir               string   `json:"dir"`
-	Engine            string   `json:"engine"`
-	EngineVersion     string   `json:"engine_version"`
+
+	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
+	DiskMiB       int    `json:"disk_mib,omitempty"`
+	Engine        string `json:"engine"`
+	EngineVersion string `json:"engine_version"`
 
 	// Flat The whole memory is kept beside the layers, so that forks need not put it together.
 	Flat bool `json:"flat"`

@@ -8,6 +8,9 @@
 // own, by Dirty. A fork maps its image privately in this process, and begins
 // with the files that are in it.
 //
+// A machine with a scratch disk has the files of one, and FreezeDisk adds to
+// them, but nothing is in them.
+//
 // A fork inherits the files of the machine it was frozen from, and nothing
 // else: processes and interpreters do not survive a freeze.
 package fake
@@ -59,7 +62,8 @@ func (e *Engine) Caps() vmm.Caps { return vmm.Caps{MaxVCPUs: 16} }
 const deviceState = "fake device state 1\n"
 
 // Fail makes the next op of any machine fail with err. Operations are named
-// like the methods: Start, Restore, Freeze, SaveDevice, Pause, Resume.
+// like the methods: Start, Restore, Freeze, SaveDevice, PrepareDisk, FreezeDisk,
+// Pause, Resume.
 func (e *Engine) Fail(op string, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -88,12 +92,20 @@ func (e *Engine) start(ctx context.Context, spec vmm.StartSpec) (*machine, error
 	if err := e.fails("Start"); err != nil {
 		return nil, err
 	}
+	var files []string
+	if spec.Disk != "" {
+		files = []string{spec.Disk}
+	}
+	disk, err := newDisk(spec.Common, files...)
+	if err != nil {
+		return nil, err
+	}
 	if spec.Memory != "" {
-		if err := createImage(spec.Memory); err != nil {
+		if err = createImage(spec.Memory); err != nil {
 			return nil, err
 		}
 	}
-	m, err := e.run(ctx, spec.Common, nil)
+	m, err := e.run(ctx, spec.Common, nil, disk)
 	if err != nil {
 		return nil, err
 	}
@@ -123,6 +135,10 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	if string(device) != deviceState {
 		return nil, fmt.Errorf("%w: device state %q", errdef.ErrInvalid, device)
 	}
+	disk, err := newDisk(spec.Common, spec.Disk...)
+	if err != nil {
+		return nil, err
+	}
 	mem, err := mapImage(spec.Memory)
 	if err != nil {
 		return nil, err
@@ -133,7 +149,7 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 			return nil, fmt.Errorf("fill memory: %w", err)
 		}
 	}
-	m, err := e.run(ctx, spec.Common, mem)
+	m, err := e.run(ctx, spec.Common, mem, disk)
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +203,7 @@ func (e *Engine) Dirty(dir string, page uint64, data []byte) error {
 
 // run starts an agent; mem, if not nil, has the files it begins with, and
 // becomes the machine's.
-func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory) (_ *machine, err error) {
+func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory, disk *disk) (_ *machine, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
 	if ctx.Err() != nil {
@@ -196,7 +212,7 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory) (_ *mach
 	if spec.Machine.MemoryMiB < 64 || spec.Machine.VCPUs < 1 || spec.Machine.VCPUs > e.Caps().MaxVCPUs {
 		return nil, fmt.Errorf("%w: machine %+v", errdef.ErrInvalid, spec.Machine)
 	}
-	m := &machine{engine: e, spec: spec, memory: mem, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
+	m := &machine{engine: e, spec: spec, memory: mem, disk: disk, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
 	if err := os.Mkdir(m.files, 0o700); err != nil {
 		return nil, err
 	}
@@ -230,6 +246,7 @@ type machine struct {
 	files  string  // the guest's directory
 	image  string  // where Freeze writes memory, if it can be frozen
 	memory *memory // nil if it was not restored
+	disk   *disk
 	agent  *agent.Agent
 	leases []*os.File
 	done   chan struct{}
@@ -248,7 +265,9 @@ type machine struct {
 
 func (m *machine) PID() int { return 0 }
 
-func (m *machine) Handle() vmm.Handle { return vmm.Handle{Engine: "fake", Dir: m.spec.Dir} }
+func (m *machine) Handle() vmm.Handle {
+	return vmm.Handle{Engine: "fake", Dir: m.spec.Dir, Disk: m.disk.base}
+}
 
 func (m *machine) Done() <-chan struct{} { return m.done }
 

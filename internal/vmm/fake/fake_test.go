@@ -22,6 +22,13 @@ func TestEngine(t *testing.T) {
 	vmmtest.Run(t, vmmtest.Setup{Engine: fake.New()})
 }
 
+func TestDisk(t *testing.T) {
+	t.Parallel()
+	vmmtest.RunDisk(t, vmmtest.Setup{Engine: fake.New(), FormatDisk: func(_ context.Context, path string, size int64) error {
+		return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, size))
+	}})
+}
+
 // world is a frozen machine of an engine's.
 type world struct {
 	engine         *fake.Engine

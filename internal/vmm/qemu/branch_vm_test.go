@@ -16,6 +16,7 @@ import (
 
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/guestmem"
+	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/vmm/qemu"
 	"github.com/tinevm/tine/internal/vmtest"
@@ -26,9 +27,11 @@ type rig struct {
 	engine               *qemu.Engine
 	work, memory, device string
 	root                 string
+	shape                vmm.Machine
+	disk                 []string // its files, if it has one
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t *testing.T, shape vmm.Machine) *rig {
 	t.Helper()
 	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
 	try(t, err)
@@ -36,10 +39,16 @@ func newRig(t *testing.T) *rig {
 	try(t, err)
 	t.Cleanup(func() { try(t, os.RemoveAll(work)) })
 	img := vmtest.Image(t)
-	r := &rig{engine: engine, work: work, root: img.RootPath()}
+	r := &rig{engine: engine, work: work, root: img.RootPath(), shape: shape}
 	r.memory, r.device = filepath.Join(work, "memory"), filepath.Join(work, "device")
 
-	vm, err := engine.Start(bound(t), vmm.StartSpec{Common: r.common(t, "template"), Boot: vmtest.Boot(img), Memory: r.memory})
+	spec := vmm.StartSpec{Common: r.common(t, "template"), Boot: vmtest.Boot(img), Memory: r.memory}
+	if shape.DiskMiB > 0 {
+		spec.Disk = filepath.Join(work, "disk")
+		r.disk = []string{spec.Disk}
+		try(t, image.FormatDisk(bound(t), spec.Disk, int64(shape.DiskMiB)<<20))
+	}
+	vm, err := engine.Start(bound(t), spec)
 	try(t, err)
 	t.Cleanup(func() { try(t, vm.Kill(context.WithoutCancel(t.Context()))) })
 	c := client(t, vm)
@@ -54,14 +63,14 @@ func (r *rig) common(t *testing.T, id string) vmm.Common {
 	t.Helper()
 	dir := filepath.Join(r.work, id)
 	try(t, os.Mkdir(dir, 0o700))
-	return vmm.Common{ID: id, Dir: dir, Root: r.root, DieWithParent: true, Machine: vmm.Machine{MemoryMiB: 192, VCPUs: 1}}
+	return vmm.Common{ID: id, Dir: dir, Root: r.root, DieWithParent: true, Machine: r.shape}
 }
 
 // restore restores a machine, and checks in the end that QEMU had nothing to
 // say about it.
-func (r *rig) restore(t *testing.T, id, device string, fill func(context.Context, guestmem.Space) error) vmm.VM {
+func (r *rig) restore(t *testing.T, id, device string, fill func(context.Context, guestmem.Space) error, disk ...string) vmm.VM {
 	t.Helper()
-	spec := vmm.RestoreSpec{Common: r.common(t, id), Memory: r.memory, Device: device, Fill: fill}
+	spec := vmm.RestoreSpec{Common: r.common(t, id), Memory: r.memory, Device: device, Fill: fill, Disk: disk}
 	vm, err := r.engine.Restore(bound(t), spec)
 	try(t, err)
 	t.Cleanup(func() {
@@ -73,11 +82,18 @@ func (r *rig) restore(t *testing.T, id, device string, fill func(context.Context
 	return vm
 }
 
-// TestBranchUnderConnection: a machine is branched while its agent is
+func TestBranch(t *testing.T) {
+	r := newRig(t, vmm.Machine{MemoryMiB: 192, VCPUs: 1})
+	t.Run("under-connection", r.underConnection)
+	t.Run("save-repeatedly", r.saveRepeatedly)
+	t.Run("control-after-cancel", r.controlAfterCancel)
+	t.Run("fill-before-load", r.fillBeforeLoad)
+}
+
+// underConnection: a machine is branched while its agent is
 // connected and sends. Its stream goes on; the agent of the branch sees that
 // nobody is at the other end, answers the next who is, and has the processes.
-func TestBranchUnderConnection(t *testing.T) {
-	r := newRig(t)
+func (r *rig) underConnection(t *testing.T) {
 	src := r.restore(t, "source", r.device, nil)
 	c := client(t, src)
 	sleep, err := c.Exec(bound(t), guest.ExecSpec{Argv: []string{"sleep", "1000"}, Background: true})
@@ -165,11 +181,10 @@ func copyPages(to guestmem.Space, from guestmem.Source) error {
 	return err
 }
 
-// TestSaveDeviceRepeatedly: failures in between leave the machine paused and
+// saveRepeatedly: failures in between leave the machine paused and
 // able to run, and nothing piles up in QEMU.
-func TestSaveDeviceRepeatedly(t *testing.T) {
-	r := newRig(t)
-	vm := r.restore(t, "source", r.device, nil)
+func (r *rig) saveRepeatedly(t *testing.T) {
+	vm := r.restore(t, "saved", r.device, nil)
 	c := client(t, vm)
 	var before int
 	for i := range 10 {
@@ -224,15 +239,14 @@ func descriptors(t *testing.T, pid int) (n int) {
 	return n
 }
 
-// TestControlAfterCancel: a command whose caller has gone breaks the control
+// controlAfterCancel: a command whose caller has gone breaks the control
 // connection, and the next command makes another.
-func TestControlAfterCancel(t *testing.T) {
-	r := newRig(t)
-	vm := r.restore(t, "source", r.device, nil)
+func (r *rig) controlAfterCancel(t *testing.T) {
+	vm := r.restore(t, "canceled", r.device, nil)
 	try(t, vm.Pause(bound(t)))
-	for i := range 20 {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*100*time.Microsecond)
-		device := filepath.Join(r.work, strconv.Itoa(i)+".device")
+	for i := range 10 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*200*time.Microsecond)
+		device := filepath.Join(r.work, fmt.Sprintf("canceled%d.device", i))
 		err := vm.SaveDevice(ctx, device)
 		cancel()
 		if _, statErr := os.Stat(device); (err == nil) != (statErr == nil) {
@@ -250,15 +264,15 @@ func TestControlAfterCancel(t *testing.T) {
 	client(t, vm)
 }
 
-// TestFillBeforeLoad: memory is whole when Fill is called, and the machine
+// fillBeforeLoad: memory is whole when Fill is called, and the machine
 // loads what Fill has left there.
-func TestFillBeforeLoad(t *testing.T) {
-	r := newRig(t)
+func (r *rig) fillBeforeLoad(t *testing.T) {
 	link := filepath.Join(r.work, "link")
 	try(t, os.Symlink(r.work, link))
-	r.memory = filepath.Join(link, "memory")
+	linked := *r
+	linked.memory = filepath.Join(link, "memory")
 	calls := 0
-	vm := r.restore(t, "source", r.device, func(_ context.Context, space guestmem.Space) error {
+	vm := linked.restore(t, "filled", r.device, func(_ context.Context, space guestmem.Space) error {
 		calls++
 		var mapped uint64
 		for _, m := range space.Ranges {
@@ -275,7 +289,7 @@ func TestFillBeforeLoad(t *testing.T) {
 	if calls != 1 {
 		t.Errorf("Fill was called %d times", calls)
 	}
-	if got, want := vm.Handle().Memory, filepath.Join(r.work, "memory"); got != want {
+	if got, want := vm.Handle().Memory, r.memory; got != want {
 		t.Errorf("the handle has memory %s, want %s", got, want)
 	}
 }

@@ -31,6 +31,8 @@ type launcher struct {
 	spec   vmm.Common
 	args   []string
 	image  string     // what guest RAM maps privately, if it does
+	disks  []string   // the files of the disk, oldest first
+	device string     // the disk itself, if there is one
 	bare   bool       // device state comes without configuration
 	files  []*os.File // handed down from descriptor 3 on
 	opened []*os.File // those of files that are ours to close
@@ -144,7 +146,7 @@ func (l *launcher) handle(pid int) (vmm.Handle, error) {
 	if err != nil {
 		return vmm.Handle{}, err
 	}
-	return vmm.Handle{Engine: l.engine.Name(), PID: pid, StartTime: start, BootID: boot, Dir: l.spec.Dir, Memory: l.image}, nil
+	return vmm.Handle{Engine: l.engine.Name(), PID: pid, StartTime: start, BootID: boot, Dir: l.spec.Dir, Memory: l.image, Disk: l.disks}, nil
 }
 
 // machine adds what every machine has. The same list must stand in front of a
@@ -194,6 +196,9 @@ func (l *launcher) machine() error {
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", control),
 		"-mon", "chardev=qmp,mode=control",
 	)
+	if l.device != "" {
+		l.args = append(l.args, "-device", l.device)
+	}
 	return nil
 }
 

@@ -76,6 +76,8 @@ type machine struct {
 	mu     sync.Mutex
 	killed bool
 
+	diskMu sync.Mutex // held while the files of the disk change
+
 	controlMu sync.Mutex // held while it is dialled
 	control   *monitor   // dialled on first use
 }
@@ -156,6 +158,10 @@ func (m *machine) Resume(ctx context.Context) error {
 
 // Freeze pauses the machine and writes its device state.
 func (m *machine) Freeze(ctx context.Context, device string) (err error) {
+	if m.handle.Memory != "" {
+		// QEMU would write all of the private memory among the device state.
+		return fmt.Errorf("%w: freeze a machine that was restored", errdef.ErrInvalid)
+	}
 	if err = m.Pause(ctx); err != nil {
 		return err
 	}

@@ -107,9 +107,18 @@ func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) 
 	}
 	l := newLauncher(e, spec.Common)
 	l.memory(spec.Memory)
+	var disks []string
+	cmdline := e.cmdline()
+	if spec.Disk != "" {
+		disks = []string{spec.Disk}
+		cmdline += " " + diskOption
+	}
+	if err := l.disk(disks, false); err != nil {
+		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+	}
 	l.args = append(l.args,
 		"-kernel", spec.Boot.Kernel, "-initrd", spec.Boot.Initrd,
-		"-append", strings.TrimSpace(e.cmdline()+" "+spec.Boot.Cmdline))
+		"-append", strings.TrimSpace(cmdline+" "+spec.Boot.Cmdline))
 	vm, err := l.launch(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
@@ -135,6 +144,9 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 	}
 	l := newLauncher(e, spec.Common)
 	if err := l.mapImage(spec.Memory); err != nil {
+		return nil, err
+	}
+	if err := l.disk(spec.Disk, true); err != nil {
 		return nil, err
 	}
 	device, err := l.incoming(spec.Device)
@@ -180,6 +192,10 @@ func (e *Engine) cmdline() string {
 	return line
 }
 
+// diskOption tells the guest of its disk, so that it does not look for one when
+// there is none.
+const diskOption = "tine.disk=/dev/vda"
+
 // maxSocketPath is the longest path a unix socket address holds: sun_path is
 // 108 bytes with its terminating zero (unix(7)).
 const maxSocketPath = 107
@@ -190,6 +206,8 @@ func check(c vmm.Common) error {
 		return fmt.Errorf("%w: memory of %d MiB", errdef.ErrInvalid, c.Machine.MemoryMiB)
 	case c.Machine.VCPUs < 1 || c.Machine.VCPUs > 16:
 		return fmt.Errorf("%w: %d vCPUs", errdef.ErrInvalid, c.Machine.VCPUs)
+	case c.Machine.DiskMiB != 0 && (c.Machine.DiskMiB < minDiskMiB || c.Machine.DiskMiB > maxDiskMiB):
+		return fmt.Errorf("%w: a disk of %d MiB: %d to %d are possible", errdef.ErrInvalid, c.Machine.DiskMiB, minDiskMiB, maxDiskMiB)
 	case len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
 		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
 	}

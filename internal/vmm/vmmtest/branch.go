@@ -24,6 +24,7 @@ type branch struct {
 	device string
 	base   string   // the image under layers
 	layers []string // oldest first; the last is the branch's own
+	disk   []string // the files of the disk, if there is one
 	sum    uint32   // of memory, at the instant of the branch
 }
 
@@ -35,7 +36,14 @@ func (h *harness) branch(t *testing.T, vm vmm.VM, origin, base string, layers ..
 	b := branch{device: name + ".device", base: base, layers: append(slices.Clip(layers), name+".layer")}
 
 	ctx := within(t, time.Minute)
+	try(t, vm.PrepareDisk(ctx))
 	try(t, vm.Pause(ctx))
+	disk, err := vm.FreezeDisk(ctx)
+	try(t, err)
+	if (len(disk) > 0) != (h.diskMiB > 0) {
+		t.Errorf("files %q of a disk of %d MiB", disk, h.diskMiB)
+	}
+	b.disk = h.keep(t, name, disk)
 	try(t, vm.SaveDevice(ctx, b.device))
 	space, err := vm.Memory()
 	try(t, err)
@@ -61,7 +69,7 @@ func (h *harness) branch(t *testing.T, vm vmm.VM, origin, base string, layers ..
 func (h *harness) filled(t *testing.T, b branch) vmm.RestoreSpec {
 	t.Helper()
 	return vmm.RestoreSpec{
-		Common: h.common(t), Memory: b.base, Device: b.device,
+		Common: h.common(t), Memory: b.base, Device: b.device, Disk: b.disk,
 		Fill: func(ctx context.Context, space guestmem.Space) error {
 			return space.Fill(ctx, image(t, b.base, b.layers...))
 		},
@@ -71,7 +79,7 @@ func (h *harness) filled(t *testing.T, b branch) vmm.RestoreSpec {
 // flat is a machine of b too: it maps an image of its own.
 func (h *harness) flat(t *testing.T, b branch) vmm.RestoreSpec {
 	t.Helper()
-	spec := vmm.RestoreSpec{Common: h.common(t), Device: b.device}
+	spec := vmm.RestoreSpec{Common: h.common(t), Device: b.device, Disk: b.disk}
 	spec.Memory = filepath.Join(h.work, spec.ID+".flat")
 	f := create(t, spec.Memory)
 	try(t, image(t, b.base, b.layers...).Flatten(within(t, time.Minute), f))
@@ -157,7 +165,7 @@ func (h *harness) branchOfAnAdopted(t *testing.T) {
 	}
 }
 
-// saveDeviceRefuses: a machine that runs, a file that is there, a place where
+// saveDeviceRefuses: a machine that runs, or is to be frozen again, a file that is there, a place where
 // none can be. It changes neither the machine's state nor the file.
 func (h *harness) saveDeviceRefuses(t *testing.T) {
 	ctx := within(t, time.Minute)
@@ -169,6 +177,9 @@ func (h *harness) saveDeviceRefuses(t *testing.T) {
 	}
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("SaveDevice of a running machine left a file: %v", err)
+	}
+	if err := vm.Freeze(ctx, path); !errors.Is(err, errdef.ErrInvalid) {
+		t.Errorf("Freeze of a restored machine: %v, want ErrInvalid", err)
 	}
 	h.paused(t, vm, false)
 	try(t, vm.Pause(ctx))

@@ -26,6 +26,8 @@ type Setup struct {
 	Engine vmm.Engine
 	Boot   vmm.Boot
 	Root   string
+	// FormatDisk makes the file of an empty scratch disk; only for RunDisk.
+	FormatDisk func(ctx context.Context, path string, size int64) error
 }
 
 // Run runs the suite. Its machines are small, and at most a handful run at
@@ -57,7 +59,9 @@ type harness struct {
 	Setup
 	work           string
 	memory, device string
-	digest         [sha256.Size]byte // of memory, when it was frozen
+	diskMiB        int
+	disk           []string          // the template's, if it has one
+	digest         [sha256.Size]byte // of memory and disk, when they were frozen
 	count          int
 }
 
@@ -87,12 +91,12 @@ func (h *harness) common(t *testing.T) vmm.Common {
 	}
 	return vmm.Common{
 		ID: id, Dir: dir, Root: h.Root, DieWithParent: true,
-		Machine: vmm.Machine{MemoryMiB: 192, VCPUs: 1},
+		Machine: vmm.Machine{MemoryMiB: 192, VCPUs: 1, DiskMiB: h.diskMiB},
 	}
 }
 
 func (h *harness) restoreSpec(t *testing.T) vmm.RestoreSpec {
-	return vmm.RestoreSpec{Common: h.common(t), Memory: h.memory, Device: h.device}
+	return vmm.RestoreSpec{Common: h.common(t), Memory: h.memory, Device: h.device, Disk: h.disk}
 }
 
 func (h *harness) restore(t *testing.T, spec vmm.RestoreSpec) vmm.VM {
@@ -110,7 +114,13 @@ func (h *harness) template(t *testing.T) {
 	t.Helper()
 	h.memory, h.device = filepath.Join(h.work, "memory"), filepath.Join(h.work, "device")
 	ctx := within(t, 2*time.Minute)
-	vm, err := h.Engine.Start(ctx, vmm.StartSpec{Common: h.common(t), Boot: h.Boot, Memory: h.memory})
+	spec := vmm.StartSpec{Common: h.common(t), Boot: h.Boot, Memory: h.memory}
+	if h.diskMiB > 0 {
+		spec.Disk = filepath.Join(h.work, "disk")
+		h.disk = []string{spec.Disk}
+		try(t, h.FormatDisk(ctx, spec.Disk, int64(h.diskMiB)<<20))
+	}
+	vm, err := h.Engine.Start(ctx, spec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,14 +145,16 @@ func (h *harness) template(t *testing.T) {
 
 func (h *harness) hash(t *testing.T) (sum [sha256.Size]byte) {
 	t.Helper()
-	f, err := os.Open(h.memory)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = f.Close() }()
 	s := sha256.New()
-	if _, err := io.Copy(s, f); err != nil {
-		t.Fatal(err)
+	for _, path := range append([]string{h.memory}, h.disk...) {
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = io.Copy(s, f); err != nil {
+			t.Fatal(err)
+		}
+		try(t, f.Close())
 	}
 	return [sha256.Size]byte(s.Sum(nil))
 }
@@ -326,7 +338,7 @@ func (h *harness) adopted(t *testing.T) {
 
 func (h *harness) imageUnchanged(t *testing.T) {
 	if h.hash(t) != h.digest {
-		t.Error("the memory image has changed since it was frozen")
+		t.Error("the memory image or the disk has changed since it was frozen")
 	}
 }
 
