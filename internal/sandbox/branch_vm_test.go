@@ -3,7 +3,6 @@
 package sandbox_test
 
 import (
-	"context"
 	_ "embed"
 	"encoding/json"
 	"fmt"
@@ -200,7 +199,7 @@ func TestVMBranchesWithDisk(t *testing.T) {
 	}
 	id := l.fork(t, 1, from(tag))[0]
 	l.testify(t, id, 8)
-	const fill = "head -c 20000000 /dev/urandom > /root/noise; sha256sum /root/noise > /root/sum"
+	const fill = "head -c 6000000 /dev/urandom > /root/noise; sha256sum /root/noise > /root/sum"
 	const whole = "sha256sum --quiet -c /root/sum && df --output=size -m / | tail -1"
 	l.sh(t, id, fill)
 	if size := l.sh(t, id, whole); len(size) < 3 || size > "520" {

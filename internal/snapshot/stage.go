@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestmem"
@@ -189,8 +191,11 @@ func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err erro
 	if err != nil {
 		return "", err
 	}
+	progress.Report(ctx, step, "writing to disk")
+	var synced errgroup.Group // the disk works while the processor does
+	synced.Go(func() error { return st.syncAll(append([]string{content, deviceFile}, disk...)) })
 	sums, stamps, err := st.hashStage(ctx, content, disk)
-	if err != nil {
+	if err = errors.Join(err, synced.Wait()); err != nil {
 		return "", err
 	}
 	m.Memory, m.Layer, m.Device, m.Disk = sums[memoryFile], sums[layerFile], sums[deviceFile], nil
@@ -201,17 +206,20 @@ func (st *Stage) seal(ctx context.Context, m *Manifest) (digest string, err erro
 	if err != nil {
 		return "", err
 	}
-	progress.Report(ctx, step, "writing to disk")
-	for _, f := range m.contents() {
-		if err = st.store.files.syncFile(filepath.Join(st.dir, f.name)); err != nil {
-			return "", err
-		}
-	}
 	if err = st.store.files.write(filepath.Join(st.dir, memoFile), stamps.encode()); err != nil {
 		return "", err
 	}
 	st.store.hashed.note(m, stamps)
 	return digest, st.store.files.write(filepath.Join(st.dir, manifestFile), data)
+}
+
+func (st *Stage) syncAll(names []string) error {
+	for _, name := range names {
+		if err := st.store.files.syncFile(filepath.Join(st.dir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // finish makes the memory ready to be hashed, or sees that there is a whole
