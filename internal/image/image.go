@@ -270,7 +270,12 @@ func (s *Store) digestOfName(name string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("read image name %s: %w", name, err)
 	}
-	return strings.TrimSpace(string(data)), nil
+	digest := strings.TrimSpace(string(data))
+	if !digestRE.MatchString(digest) { // what it named must not pass for unused
+		err = fmt.Errorf("%w: image %s is damaged: its name leads nowhere", errdef.ErrUnavailable, name)
+		return "", errdef.WithHint(err, "remove it with tine image rm "+name+", and build it again")
+	}
+	return digest, nil
 }
 
 func (s *Store) byPrefix(prefix string) (Image, error) {
@@ -348,8 +353,9 @@ func (s *Store) List() ([]Image, error) {
 		if errors.Is(getErr, errdef.ErrNotFound) {
 			continue // removed since ReadDir
 		}
-		if getErr != nil {
-			return nil, fmt.Errorf("list images: %w", getErr)
+		if getErr != nil { // Get says so to whoever wants this one; the others are there
+			s.log.Warn("image left out of the list: it is damaged", "image", e.Name(), "error", getErr)
+			continue
 		}
 		images = append(images, img)
 	}

@@ -229,6 +229,7 @@ func (b *box) expire() (over bool) {
 	}
 	if first {
 		b.m.Logger.Info("sandbox expired", "sandbox", b.id)
+		b.m.Events.Add(Expired, b.id, EventData{})
 	}
 	return b.tryDestroy()
 }
@@ -261,6 +262,9 @@ func (b *box) died(vm vmm.VM) (over bool) {
 	b.stop(deadError(reason))
 	b.mu.Unlock()
 	b.m.Logger.Warn("sandbox died", "sandbox", b.id, "reason", reason)
+	if !doomed {
+		b.m.Events.Add(Died, b.id, EventData{Reason: reason})
+	}
 	if err != nil {
 		b.m.Logger.Error("death not recorded", "sandbox", b.id, "error", err)
 	}
@@ -292,6 +296,7 @@ func (b *box) destroy() error {
 	b.turn <- struct{}{} // stop has been called: whoever has it gives up now
 	defer func() { <-b.turn }()
 	b.hangUp()
+	b.disown()
 	err := b.killMachine()
 	if err == nil {
 		err = b.m.dropHeld(b.id)
@@ -307,6 +312,7 @@ func (b *box) destroy() error {
 		return fmt.Errorf("end sandbox %s: %w", b.id, err)
 	}
 	b.m.remove(b)
+	b.m.Events.gone(b)
 	return nil
 }
 

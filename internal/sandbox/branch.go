@@ -202,6 +202,7 @@ func (b *box) stepClock(ctx context.Context) {
 
 // finish writes the branch and commits it.
 func (w *branching) finish(ctx context.Context) (snap snapshot.Snapshot, err error) {
+	defer func() { w.tell(snap, err) }()
 	defer func() { err = errors.Join(err, w.end()) }()
 	if w.c == nil {
 		return w.copyHeld(ctx)
@@ -231,6 +232,7 @@ func (m *Manager) prune(ctx context.Context) {
 	}
 	for _, tag := range removed {
 		m.Logger.InfoContext(ctx, "branch pruned", "snapshot", tag)
+		m.Events.Add(SnapshotRemoved, "", EventData{Snapshot: tag})
 	}
 }
 
@@ -332,5 +334,5 @@ func (m *Manager) Promote(ctx context.Context, from, tag string) (snapshot.Snaps
 	if err = m.Snapshots.Verify(ctx, snap); err != nil {
 		return snapshot.Snapshot{}, err
 	}
-	return m.Snapshots.Retag(ctx, tag, snap, true)
+	return m.promoted(m.Snapshots.Retag(ctx, tag, snap, true))
 }

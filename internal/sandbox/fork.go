@@ -202,6 +202,7 @@ func (b *box) handOut(req ForkRequest, start time.Time) error {
 		return err
 	}
 	b.record = r
+	b.m.Events.handedOut(r.Info)
 	b.glance()
 	return nil
 }

@@ -77,6 +77,8 @@ type Config struct {
 	// Freezer makes the copy-on-write twins of live branches. Without a command
 	// there are none.
 	Freezer guestmem.Freezer
+	// Events are told what happens to sandboxes and snapshots; nil: nobody is.
+	Events *Events
 	// Logger may be nil.
 	Logger *slog.Logger
 	Limits Limits

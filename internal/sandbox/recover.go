@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/vmm"
@@ -21,7 +22,8 @@ import (
 // still runs is adopted, unless it belongs to a process: then it stays with
 // that one, or goes if that one is gone. What has no machine any more is
 // listed as dead if it had been handed out, and cleared away if not. What
-// cannot be understood is left alone.
+// cannot be understood is set aside or left alone: whatever one sandbox is
+// like, the others are served.
 func (m *Manager) recover(ctx context.Context) error {
 	entries, err := os.ReadDir(m.Dir)
 	if err != nil {
@@ -31,7 +33,6 @@ func (m *Manager) recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("recover sandboxes: %w", err)
 	}
-	var errs []error
 	for _, e := range entries {
 		name := e.Name()
 		maker, unborn := makerOf(name, m.self.BootID)
@@ -44,10 +45,10 @@ func (m *Manager) recover(ctx context.Context) error {
 			err = m.clearUnborn(name, maker)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("recover sandbox %s: %w", name, err))
+			m.Logger.ErrorContext(ctx, "sandbox not recovered: it is left alone", "sandbox", name, "error", err)
 		}
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 func (m *Manager) recoverOne(ctx context.Context, id string, machines []process) error {
@@ -56,13 +57,12 @@ func (m *Manager) recoverOne(ctx context.Context, id string, machines []process)
 	case errors.Is(err, errdef.ErrUnsupported):
 		m.Logger.WarnContext(ctx, "sandbox of another version left alone", "sandbox", id, "error", err)
 		return nil
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errdef.ErrInvalid):
-		if m.Ephemeral {
-			return nil // another process may be removing it, or the daemon will
-		}
-		return m.clear(id, machines)
+	case err != nil && m.Ephemeral:
+		return nil // another process may be removing it, or the daemon will
+	case errors.Is(err, fs.ErrNotExist):
+		return m.clear(id, machines) // its removal was cut off
 	case err != nil:
-		return err
+		return m.setAside(ctx, id, machines, err)
 	case r.Owner != process{}:
 		alive, aliveErr := r.Owner.alive()
 		if alive || aliveErr != nil {
@@ -94,6 +94,7 @@ func (m *Manager) adopt(ctx context.Context, r record, machines []process) error
 	vm := m.takeOver(ctx, &r)
 	r.LastActive = time.Now() // its clients could not use it
 	m.Logger.InfoContext(ctx, "sandbox adopted", "sandbox", r.ID, "state", r.State, "pid", r.PID)
+	m.Events.adopted(r.Info)
 	b := newBox(m, vm, r)
 	m.mu.Lock()
 	m.held++
@@ -141,6 +142,36 @@ func (m *Manager) clear(id string, machines []process) error {
 	}
 	m.Logger.Info("sandbox cleared", "sandbox", id, "processes", len(machines))
 	return os.RemoveAll(m.dir(id))
+}
+
+// setAside takes a sandbox whose record cannot be understood out of the way. Its
+// machine is ended: nobody knows any more whose it is, how long it may live and
+// what its memory stands on. Its files stay for somebody to look at, under
+// another name, and so does what it was suspended in, if it was.
+func (m *Manager) setAside(ctx context.Context, id string, machines []process, why error) error {
+	if err := endAll(machines); err != nil {
+		return err
+	}
+	aside, err := durable.SetAside(m.dir(id), time.Now())
+	if err != nil {
+		return errors.Join(why, err)
+	}
+	m.Logger.WarnContext(ctx, "sandbox set aside: its record cannot be understood", "sandbox", id, "path", aside,
+		"processes", len(machines), "error", why)
+	return nil
+}
+
+// disown notes in the sandbox's record that nobody has it any more: should we
+// be killed before the last of it is gone, whoever recovers it clears the rest
+// away. A disk that does not take the note must not keep it from being removed.
+func (b *box) disown() {
+	b.mu.Lock()
+	r := b.record
+	b.mu.Unlock()
+	r.State = Creating
+	if err := r.save(b.m.Dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		b.m.Logger.Warn("removal not recorded", "sandbox", b.id, "error", err)
+	}
 }
 
 // clearUnborn removes what a process left that died before the record was

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -169,13 +170,15 @@ func TestLeftovers(t *testing.T) {
 		dir, record string
 		daemon, cli bool // whether it is still there after either has started
 		listed      bool // by the daemon
+		aside       bool // by the daemon
 	}{
 		"no-record":         {dir: id, record: none, cli: true},
-		"empty-record":      {dir: id, record: "", cli: true},
-		"torn-record":       {dir: id, record: encode(func(*record) {})[:60], cli: true},
-		"not-a-record":      {dir: id, record: `{"version":1}`, cli: true},
-		"too-long":          {dir: id, record: strings.Repeat(" ", maxRecord+1), cli: true},
-		"of-another-id":     {dir: id, record: encode(func(r *record) { r.ID = newID() }), cli: true},
+		"empty-record":      {dir: id, record: "", cli: true, aside: true},
+		"torn-record":       {dir: id, record: encode(func(*record) {})[:60], cli: true, aside: true},
+		"not-a-record":      {dir: id, record: `{"version":1}`, cli: true, aside: true},
+		"too-long":          {dir: id, record: strings.Repeat(" ", maxRecord+1), cli: true, aside: true},
+		"of-another-id":     {dir: id, record: encode(func(r *record) { r.ID = newID() }), cli: true, aside: true},
+		"no-file":           {dir: id + "/" + recordFile, record: none, cli: true, aside: true},
 		"of-a-later-tine":   {dir: id, record: `{"version":2,"id":7}`, daemon: true, cli: true},
 		"being-made":        {dir: id, record: encode(func(r *record) { r.State = Creating }), cli: true},
 		"without-a-machine": {dir: id, record: encode(func(*record) {}), daemon: true, cli: true, listed: true},
@@ -208,6 +211,10 @@ func TestLeftovers(t *testing.T) {
 				if _, err := os.Stat(dir); (err == nil) != want {
 					t.Errorf("ephemeral %v: still there: %v, want %v", ephemeral, err, want)
 				}
+				aside := slices.ContainsFunc(names(t, m.Dir), durable.IsAside)
+				if want := tt.aside && !ephemeral; aside != want {
+					t.Errorf("ephemeral %v: set aside: %v, want %v", ephemeral, aside, want)
+				}
 				if listed := len(m.List()) == 1; listed != (tt.listed && !ephemeral) {
 					t.Errorf("ephemeral %v: listed: %v", ephemeral, listed)
 				}
@@ -215,6 +222,80 @@ func TestLeftovers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestDamagedRecord: a machine whose record cannot be understood is ended, and
+// its files are kept for somebody to look at. The others do not notice.
+func TestDamagedRecord(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	first := w.manager(t, lasting)
+	w.template(t, first)
+	ids := fork(t, first, 2)
+	if _, err := first.Suspend(t.Context(), ids[0]); err != nil {
+		t.Fatal(err)
+	}
+	closeManager(t, first)
+	const torn = `{"version":1,"id":"sb-`
+	for _, id := range ids[:1] {
+		if err := os.WriteFile(filepath.Join(first.dir(id), recordFile), []byte(torn), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	machine, _ := stray(t, ids[0])
+	second := w.manager(t, lasting)
+	wait(t, machine)
+	ping(t, second, ids[1])
+	if _, err := second.Get(ids[0]); !errors.Is(err, errdef.ErrNotFound) {
+		t.Errorf("the damaged one: %v, want ErrNotFound", err)
+	}
+	aside := names(t, second.Dir)
+	aside = slices.DeleteFunc(aside, func(name string) bool { return !durable.IsAside(name) })
+	if len(aside) != 1 || !strings.HasPrefix(aside[0], ids[0]) {
+		t.Fatalf("set aside: %q", aside)
+	}
+	if data, err := os.ReadFile(filepath.Join(second.Dir, aside[0], recordFile)); err != nil || string(data) != torn {
+		t.Errorf("its record: %q, %v", data, err)
+	}
+	if _, err := w.snaps.Held(ids[0]); err != nil {
+		t.Errorf("what it was suspended in is lost: %v", err)
+	}
+	killAll(t, second)
+}
+
+// TestRemovalCutOff: a removal that has begun is completed by the next daemon,
+// wherever it was cut off, and does not leave a dead sandbox.
+func TestRemovalCutOff(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	first := w.manager(t, lasting)
+	w.template(t, first)
+	ids := fork(t, first, 2)
+	w.engine.onStep(func(_ context.Context, step string) error {
+		if step != "kill" {
+			return nil
+		}
+		r, err := readRecord(first.dir(ids[0]))
+		if err != nil || r.State != Creating {
+			t.Errorf("as its machine ends the record says %s, %v", r.State, err)
+		}
+		return errInjected
+	})
+	if err := first.Kill(t.Context(), ids[0]); !errors.Is(err, errInjected) {
+		t.Errorf("Kill: %v", err)
+	}
+	w.engine.onStep(nil)
+	closeManager(t, first)
+	w.engine.Crash(seatOf(first, ids[0]), nil) // the fake has no process to be killed
+	second := w.manager(t, lasting)
+	if list := second.List(); len(list) != 1 || list[0].ID != ids[1] {
+		t.Errorf("listed: %+v", list)
+	}
+	if _, err := os.Stat(second.dir(ids[0])); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its directory: %v", err)
+	}
+	killAll(t, second)
+	w.nothing(t, second)
 }
 
 // stray starts a process that looks like the machine of a sandbox.

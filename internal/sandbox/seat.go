@@ -121,6 +121,7 @@ func (b *box) rollback(ctx context.Context, node string) (err error) {
 		return err
 	}
 	b.moved(o.snap.Digest)
+	b.m.Events.Add(RolledBack, b.id, EventData{Snapshot: o.snap.Tag, Digest: o.snap.Digest})
 	if suspended {
 		return b.m.dropHeld(b.id)
 	}

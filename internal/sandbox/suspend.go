@@ -109,6 +109,7 @@ func (b *box) suspend(ctx context.Context) (err error) {
 		return errors.Join(cause(vm, err), vm.Resume(late))
 	}
 	b.m.Logger.InfoContext(ctx, "sandbox suspended", "sandbox", b.id)
+	b.m.Events.Add(WasSuspended, b.id, EventData{})
 	return b.m.discard(vm)
 }
 
@@ -174,6 +175,7 @@ func (b *box) resume(ctx context.Context) (err error) {
 		return err
 	}
 	b.m.Logger.InfoContext(ctx, "sandbox resumed", "sandbox", b.id)
+	b.m.Events.Add(Resumed, b.id, EventData{})
 	return b.m.dropHeld(b.id)
 }
 

@@ -26,11 +26,13 @@ func (m *Manager) CreateSnapshot(ctx context.Context, req SnapshotRequest) (snap
 		return snapshot.Snapshot{}, err
 	}
 	defer done()
+	began := time.Now()
 	old, _ := m.Snapshots.Resolve(req.Tag) // there need not be one
 	snap, err := m.createSnapshot(ctx, req)
 	if err != nil {
 		return snapshot.Snapshot{}, fmt.Errorf("create snapshot %s: %w", req.Tag, err)
 	}
+	m.Events.madeTemplate(snap, began)
 	if old.Digest != snap.Digest {
 		if err = m.movePool(ctx, old.Digest, req.Tag); err != nil {
 			m.Logger.WarnContext(ctx, "pool not moved to new snapshot", "snapshot", req.Tag, "error", err)

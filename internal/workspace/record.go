@@ -43,6 +43,9 @@ type record struct {
 	SandboxID string `json:"sandbox_id,omitempty"`
 }
 
+// errDamaged is in the category errdef.ErrUnavailable.
+var errDamaged = fmt.Errorf("%w: it is damaged", errdef.ErrUnavailable)
+
 // CheckName returns errdef.ErrInvalid unless name can be a workspace's.
 func CheckName(name string) error {
 	if name == "" || len(name) > maxName || strings.Trim(name, letters) != "" {
@@ -94,7 +97,7 @@ func (s *Store) read(name string) (record, error) {
 	data, err := io.ReadAll(io.LimitReader(f, maxRecord+1))
 	_ = f.Close() // only read
 	if err != nil {
-		return record{}, fmt.Errorf("read workspace %s: %w", name, err)
+		return record{}, fmt.Errorf("read workspace %s: %w: %w", name, errDamaged, err)
 	}
 	return decodeRecord(data, name)
 }
@@ -122,7 +125,7 @@ func decodeRecord(data []byte, name string) (record, error) {
 		Version int `json:"version"`
 	}
 	if len(data) > maxRecord {
-		return record{}, fmt.Errorf("%w: record of workspace %s is too large", errdef.ErrUnavailable, name)
+		return record{}, fmt.Errorf("record of workspace %s: %w: it is too large", name, errDamaged)
 	}
 	if err := json.Unmarshal(data, &head); err == nil && head.Version > version {
 		return record{}, fmt.Errorf("%w: record of workspace %s: version %d", errdef.ErrUnsupported, name, head.Version)
@@ -138,7 +141,7 @@ func decodeRecord(data []byte, name string) (record, error) {
 		err = fmt.Errorf("version %d, name %q, claim %q, limit %d", r.Version, r.Name, r.Claim, r.MemoryLimitMiB)
 	}
 	if err != nil {
-		return record{}, fmt.Errorf("%w: record of workspace %s is damaged: %w", errdef.ErrUnavailable, name, err)
+		return record{}, fmt.Errorf("record of workspace %s: %w: %w", name, errDamaged, err)
 	}
 	return r, nil
 }

@@ -127,10 +127,25 @@ func (s *Store) recover(ctx context.Context) error {
 		if readErr == nil && r.SandboxID == "" {
 			readErr = s.takeBack(ctx, r)
 		}
+		if errors.Is(readErr, errDamaged) {
+			readErr = s.setAside(ctx, name, readErr)
+		}
 		if readErr != nil {
 			s.logger.WarnContext(ctx, "workspace not recovered", slog.String("workspace", name), slog.Any("error", readErr))
 		}
 	}
+	return nil
+}
+
+// setAside takes a record that says nothing out of the way, so that its name is
+// free again. The sandbox stays: its label has the name.
+func (s *Store) setAside(ctx context.Context, name string, why error) error {
+	aside, err := durable.SetAside(s.path(name), time.Now())
+	if err != nil {
+		return errors.Join(why, err)
+	}
+	s.logger.WarnContext(ctx, "workspace set aside: its record cannot be understood", slog.String("workspace", name),
+		slog.String("path", aside), slog.Any("error", why))
 	return nil
 }
 

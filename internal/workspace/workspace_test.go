@@ -236,14 +236,14 @@ func TestSameName(t *testing.T) {
 func TestDamaged(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	s, _ := open(t, dir, newBoxes(t, dir))
-	for name, content := range map[string]string{"bad": "{", "late": `{"version":2,"name":"late"}`} {
+	s, closeStore := open(t, dir, newBoxes(t, dir))
+	for name, content := range map[string]string{"bad": "{", "worse": "", "late": `{"version":2,"name":"late"}`} {
 		if err := os.WriteFile(s.path(name), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	all, err := s.List()
-	if err != nil || len(all) != 2 || all[0].Status != Stale || all[1].Status != Stale {
+	if err != nil || len(all) != 3 || all[0].Status != Stale || all[1].Status != Stale || all[2].Status != Stale {
 		t.Errorf("%+v, %v", all, err)
 	}
 	if _, err = s.Create(t.Context(), CreateRequest{Name: "bad", Snapshot: "py"}); !errors.Is(err, errdef.ErrUnavailable) {
@@ -254,6 +254,18 @@ func TestDamaged(t *testing.T) {
 	}
 	if err = s.Delete(t.Context(), "late"); !errors.Is(err, errdef.ErrUnsupported) {
 		t.Errorf("delete of a later version's: %v", err)
+	}
+	worse := s.path("worse")
+	closeStore()
+	s, _ = open(t, dir, newBoxes(t, dir)) // which sets it aside, and not the later version's
+	if all, err = s.List(); err != nil || len(all) != 1 || all[0].Name != "late" {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if aside, globErr := filepath.Glob(worse + ".corrupt-*"); globErr != nil || len(aside) != 1 {
+		t.Errorf("set aside: %q, %v", aside, globErr)
+	}
+	if _, err = s.Create(t.Context(), CreateRequest{Name: "worse", Snapshot: "py"}); err != nil {
+		t.Errorf("its name is not free: %v", err)
 	}
 }
 
