@@ -22,6 +22,10 @@ help: ## list the targets
 setup: ## install the distribution's packages that Tine needs, if some are missing
 	@scripts/setup.sh
 
+.PHONY: setup-tests
+setup-tests: ## the same, and what only the tests need
+	@scripts/setup.sh tests
+
 # No revision is stamped into the agent: its bytes are part of every image, and
 # an image must not change with each commit.
 .PHONY: build
@@ -45,7 +49,7 @@ test-unit: ## run the tests that boot nothing; they need no root and no network
 	$(GO) test $(RACE) ./...
 
 .PHONY: test-vm
-test-vm: setup build ## run the tests that boot virtual machines
+test-vm: setup-tests build ## run the tests that boot virtual machines
 	$(GO) test -tags vm -count 1 -p 1 -timeout 15m $(VM_PACKAGES)
 
 .PHONY: fuzz

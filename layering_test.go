@@ -31,9 +31,12 @@ var mayImport = map[string][]string{
 
 	// Tier 1: mechanisms, which know nothing of sandboxes.
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
+	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
+	"internal/auth":     {"internal/durable", "internal/errdef"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
 	"internal/image":    {"internal/durable", "internal/errdef", "internal/progress"},
+	"internal/metrics":  {},
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
@@ -50,26 +53,31 @@ var mayImport = map[string][]string{
 	// Tier 3: delivery.
 	"client": {"internal/errdef", "internal/wire"},
 	"internal/api": {
-		"internal/errdef", "internal/guest", "internal/guestproto", "internal/image", "internal/progress",
-		"internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
+		"internal/api/forge", "internal/audit", "internal/auth", "internal/errdef", "internal/guest", "internal/guestproto",
+		"internal/image", "internal/metrics", "internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm",
+		"internal/wire", "internal/workspace",
 	},
-	"internal/cli":  {"client", "internal/errdef", "internal/progress"},
-	"internal/wire": {},
+	"internal/api/forge": {"internal/errdef", "internal/guest", "internal/sandbox", "internal/snapshot", "internal/wire"},
+	"internal/cli":       {"client", "internal/audit", "internal/errdef", "internal/progress"},
+	"internal/forkd":     {"client", "internal/errdef"},
+	"internal/wire":      {},
 
 	// Tier 4: assembly.
-	"cmd/tine":       {"internal/assemble", "internal/cli", "internal/guestmem"},
+	"cmd/tine":       {"internal/assemble", "internal/cli", "internal/forkd", "internal/guestmem"},
 	"cmd/tine-agent": {"internal/agent"},
 	"internal/assemble": {
-		"client", "internal/bench", "internal/cli", "internal/daemon", "internal/demo", "internal/doctor",
-		"internal/engines", "internal/errdef", "internal/image", "internal/sandbox", "internal/undo", "internal/wire",
+		"client", "internal/audit", "internal/auth", "internal/bench", "internal/cli", "internal/daemon", "internal/demo",
+		"internal/doctor", "internal/engines", "internal/errdef", "internal/image", "internal/sandbox", "internal/undo",
+		"internal/wire",
 	},
 	"internal/bench": {
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/guestmem", "internal/image", "internal/linux",
 		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
 	"internal/daemon": {
-		"client", "internal/api", "internal/durable", "internal/errdef", "internal/guestmem", "internal/image",
-		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm", "internal/wire", "internal/workspace",
+		"client", "internal/api", "internal/audit", "internal/auth", "internal/durable", "internal/errdef", "internal/guestmem",
+		"internal/image", "internal/metrics", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
+		"internal/wire", "internal/workspace",
 	},
 	"internal/demo": {
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/progress",
@@ -81,7 +89,7 @@ var mayImport = map[string][]string{
 	// Only for tests.
 	"internal/api/apitest": {
 		"internal/agent", "internal/api", "internal/errdef", "internal/guest", "internal/guestmem", "internal/image",
-		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
+		"internal/metrics", "internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/vmm/fake": {
 		"internal/agent", "internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm",
@@ -99,12 +107,14 @@ var onlyForTests = []string{"internal/api/apitest", "internal/vmm/fake", "intern
 // testsMayImport is what a package's tests may import beside the package, its
 // row and what is only for tests.
 var testsMayImport = map[string][]string{
-	"client":           {"internal/api"},
-	"cmd/tine":         {"internal/linux"},
-	"internal/agent":   {"internal/guest", "internal/vmm"},
-	"internal/bench":   {"internal/vmm/qemu"},
-	"internal/guest":   {"internal/agent"},
-	"internal/sandbox": {"internal/vmm/qemu"},
+	"client":             {"internal/api"},
+	"cmd/tine":           {"internal/durable", "internal/linux"},
+	"internal/api/forge": {"internal/api"},
+	"internal/agent":     {"internal/guest", "internal/vmm"},
+	"internal/bench":     {"internal/vmm/qemu"},
+	"internal/daemon":    {"internal/guest", "internal/linux"},
+	"internal/guest":     {"internal/agent"},
+	"internal/sandbox":   {"internal/vmm/qemu"},
 
 	"internal/vmm/qemu":  {"internal/guest", "internal/image"},
 	"internal/workspace": {"internal/guest", "internal/snapshot", "internal/vmm"},

@@ -12,6 +12,7 @@ package client
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,8 +40,12 @@ type Config struct {
 	URL string
 	// Socket is the path of the daemon's unix socket. It goes before URL.
 	Socket string
-	// Token is sent as bearer token when it is not empty.
+	// Token is sent as bearer token when it is not empty. One that begins with
+	// tinesign_ is never sent: every request is signed with it.
 	Token string
+	// TLS is what an https URL is reached with; nil means the host's defaults.
+	// It is not for use with HTTPClient.
+	TLS *tls.Config
 	// HTTPClient is used instead of one of the Client's own. With Socket, its
 	// Transport must be nil.
 	HTTPClient *http.Client
@@ -51,6 +56,7 @@ type Client struct {
 	base  string
 	token string
 	http  *http.Client
+	key   string // of idempotent requests
 }
 
 // New returns a client of the daemon that cfg names. It does not connect yet.
@@ -73,6 +79,12 @@ func New(cfg Config) (*Client, error) {
 	if c.base == "" {
 		c.base = DefaultURL
 	}
+	if cfg.TLS != nil {
+		if c.http.Transport != nil {
+			return nil, fmt.Errorf("%w: a TLS configuration and an HTTP client with a transport", errdef.ErrInvalid)
+		}
+		c.http = overTLS(*c.http, cfg.TLS)
+	}
 	u, err := url.Parse(c.base)
 	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 		return nil, fmt.Errorf("%w: daemon URL %q", errdef.ErrInvalid, cfg.URL)
@@ -90,6 +102,11 @@ func overSocket(c http.Client, socket string) *http.Client {
 	return &c
 }
 
+func overTLS(c http.Client, cfg *tls.Config) *http.Client {
+	c.Transport = &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: cfg.Clone()}
+	return &c
+}
+
 // Close closes the connections that are idle.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
@@ -104,6 +121,8 @@ type Error struct {
 	Message string
 	// Hint says what to do about it, or is empty.
 	Hint string
+	// RequestID names the request in the daemon's log, or is empty.
+	RequestID string
 }
 
 // Error returns the message.
@@ -163,7 +182,12 @@ func (c *Client) send(ctx context.Context, r request) (*http.Response, error) {
 		return nil, fmt.Errorf("%w: %w", errdef.ErrInvalid, err)
 	}
 	maps.Copy(req.Header, r.header)
-	c.authorize(req.Header)
+	if c.key != "" && r.method == http.MethodPost {
+		req.Header.Set("Idempotency-Key", c.key)
+	}
+	if err = c.authorize(req, r.body); err != nil {
+		return nil, err
+	}
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, unreachable(err)
@@ -175,19 +199,13 @@ func (c *Client) send(ctx context.Context, r request) (*http.Response, error) {
 	return resp, nil
 }
 
-func (c *Client) authorize(h http.Header) {
-	if c.token != "" {
-		h.Set("Authorization", "Bearer "+c.token)
-	}
-}
-
 func readError(resp *http.Response) error {
 	body, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	var w wire.Error
 	if err != nil || json.Unmarshal(body, &w) != nil || w.Error == "" {
 		return &Error{Status: resp.StatusCode, Code: "internal", Message: "daemon answered " + resp.Status}
 	}
-	return &Error{Status: resp.StatusCode, Code: w.Code, Message: w.Error, Hint: w.Hint}
+	return &Error{Status: resp.StatusCode, Code: w.Code, Message: w.Error, Hint: w.Hint, RequestID: w.RequestID}
 }
 
 // call sends in, unless it is nil, as JSON and decodes the answer into out,

@@ -12,6 +12,7 @@ import (
 
 	"github.com/coder/websocket"
 
+	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -71,9 +72,15 @@ type Stream struct {
 // ctx bounds the whole stream: when it ends, so does the command, unless it
 // runs in the background.
 func (c *Client) ExecStream(ctx context.Context, id string, req StreamRequest) (*Stream, error) {
-	header := http.Header{}
-	c.authorize(header)
-	conn, resp, err := websocket.Dial(ctx, c.base+box(id, "exec", "stream"), &websocket.DialOptions{HTTPClient: c.http, HTTPHeader: header}) //nolint:bodyclose // Dial closes it
+	target := c.base + box(id, "exec", "stream")
+	hello, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errdef.ErrInvalid, err)
+	}
+	if err = c.authorize(hello, nil); err != nil {
+		return nil, err
+	}
+	conn, resp, err := websocket.Dial(ctx, target, &websocket.DialOptions{HTTPClient: c.http, HTTPHeader: hello.Header}) //nolint:bodyclose // Dial closes it
 	if err != nil {
 		if resp != nil && resp.StatusCode >= 400 && resp.Body != nil {
 			return nil, readError(resp)

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs the programs that Tine runs, from the distribution's own packages.
-# It says what it installs and why. When nothing is missing it is silent.
+# Installs the programs that Tine runs, from the distribution's own packages,
+# and with the argument `tests` what the tests need beside them. It says what it
+# installs and why. When nothing is missing it is silent.
 set -eu
 
 os_release=${OS_RELEASE:-/etc/os-release} # the tests of this script set it
@@ -35,6 +36,10 @@ if [ "${ids%% *}" != debian ]; then
 fi
 if [ "$(id -u)" != 0 ]; then
 	need newuidmap uidmap "lets mmdebstrap work without root"
+fi
+if [ "${1:-}" = tests ] && ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+	say "python3-venv is missing: forkd's published clients, which the tests drive, are Python"
+	missing="$missing python3-venv"
 fi
 [ -n "$missing" ] || exit 0
 

@@ -5,18 +5,23 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"syscall"
 
 	"github.com/tinevm/tine/internal/assemble"
 	"github.com/tinevm/tine/internal/cli"
+	"github.com/tinevm/tine/internal/forkd"
 	"github.com/tinevm/tine/internal/guestmem"
 )
 
 func main() {
 	if slices.Equal(os.Args[1:], assemble.TwinRole()[1:]) {
 		os.Exit(twin())
+	}
+	if filepath.Base(os.Args[0]) == "forkd" {
+		os.Exit(asForkd())
 	}
 	os.Exit(run())
 }
@@ -27,6 +32,15 @@ func twin() int {
 		return 1 // it has been told to whoever started us
 	}
 	return 0
+}
+
+// asForkd is this program under the name that forkd's Python SDK starts.
+func asForkd() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	return forkd.Run(ctx, forkd.Environment{
+		Args: os.Args[1:], Stdout: os.Stdout, Stderr: os.Stderr, Getenv: os.Getenv, Connect: cli.Connect,
+	})
 }
 
 func run() int {

@@ -7,12 +7,18 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"net/http"
+	"time"
 
+	"github.com/tinevm/tine/internal/api/forge"
+	"github.com/tinevm/tine/internal/audit"
+	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/metrics"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/wire"
@@ -20,8 +26,12 @@ import (
 )
 
 const (
-	// maxBody bounds a JSON body.
-	maxBody = 2 << 20
+	// defaultMaxBody bounds a JSON body.
+	defaultMaxBody = 2 << 20
+	// defaultBodyTime bounds the time that a client takes to send one.
+	defaultBodyTime = 30 * time.Second
+	// defaultMaxStreams bounds how many exec streams are open.
+	defaultMaxStreams = 1024
 	// defaultMaxOutput bounds what a buffered command may write.
 	defaultMaxOutput = 16 << 20
 	// defaultMaxFile bounds a file that is written.
@@ -38,6 +48,14 @@ type Config struct {
 	Workspaces Workspaces
 	// Doctor examines the host; nil means that there is nothing to say.
 	Doctor func(context.Context) []wire.DoctorCheck
+	// ForgeSnapshot is what Forge's gateway forks from; see forge.Config.
+	ForgeSnapshot string
+	// Auth says who may come in; nil asks nobody. Sandboxes should be Own's.
+	Auth *auth.Guard
+	// Audit remembers acts, and refuses those that it cannot; nil: nobody does.
+	// AuditReads has it remember all other requests too.
+	Audit      *audit.Log
+	AuditReads bool
 	// Version is the daemon's.
 	Version string
 	// Logger gets internal errors, and at debug level every request; nil
@@ -46,6 +64,21 @@ type Config struct {
 	// MaxOutput and MaxFile bound the output of a buffered command and a file
 	// that is written; zero means 16 MiB and 4 GiB.
 	MaxOutput, MaxFile int64
+	// MaxBody bounds a JSON body, BodyTime how long a client may take to send
+	// one, and how long it may pause in a file; MaxStreams is how many exec
+	// streams may be open. Zero means 2 MiB, 30 s and 1024.
+	MaxBody    int64
+	BodyTime   time.Duration
+	MaxStreams int
+	// Metrics counts what is asked for; nil: nobody but GET /metrics sees it.
+	Metrics *metrics.Metrics
+	// Events are what GET /v1/events tells; nil: there are none.
+	Events *sandbox.Events
+	// Load says how busy the sandboxes' manager is, for GET /metrics; nil: it is
+	// not known.
+	Load func() sandbox.Load
+	// StateDir is a path that errors do not tell over the network.
+	StateDir string
 }
 
 // Sandboxes is what the interface asks of a sandbox.Manager.
@@ -108,6 +141,11 @@ type server struct {
 	logger    *slog.Logger
 	maxOutput int64
 	maxFile   int64
+	concealer *concealer
+	sample    lastSample
+	keys      *keys
+	followers chan struct{} // a token for each client that follows the events
+	streams   chan struct{} // a token for each stream that is open
 }
 
 // New returns the handler that serves cfg.
@@ -122,12 +160,22 @@ func New(cfg Config) http.Handler {
 	if s.maxFile == 0 {
 		s.maxFile = defaultMaxFile
 	}
+	s.MaxBody = cmp.Or(s.MaxBody, defaultMaxBody)
+	s.BodyTime = cmp.Or(s.BodyTime, defaultBodyTime)
+	s.streams = make(chan struct{}, cmp.Or(s.MaxStreams, defaultMaxStreams))
+	s.concealer = newConcealer(cfg.StateDir)
+	s.see()
+	s.remember()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", s.stream)
-	strict := wire.NewStrictHandlerWithOptions(s, []wire.StrictMiddlewareFunc{noteAccept}, wire.StrictHTTPServerOptions{
+	forge.Mount(mux, forge.Config{
+		Sandboxes: s.Sandboxes, Snapshots: s.Snapshots, Snapshot: s.ForgeSnapshot,
+		MaxBody: s.MaxBody, MaxOutput: s.maxOutput, Fail: s.fail,
+	})
+	strict := wire.NewStrictHandlerWithOptions(s, []wire.StrictMiddlewareFunc{noteAccept, noHead, s.timed}, wire.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.failRequest,
 		ResponseErrorHandlerFunc: s.fail,
 	})
 	wire.HandlerWithOptions(strict, wire.StdHTTPServerOptions{BaseRouter: mux, ErrorHandlerFunc: s.failRequest})
-	return s.outermost(s.sameOrigin(s.route(mux)))
+	return s.outermost(s.audited(s.admit(s.known(s.sameOrigin(s.route(mux))))))
 }

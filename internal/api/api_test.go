@@ -55,6 +55,11 @@ func send(t *testing.T, method, url, contentType, body string) answer {
 	if contentType != "" {
 		req.Header.Set("Content-Type", contentType)
 	}
+	return receive(t, req)
+}
+
+func receive(t *testing.T, req *http.Request) answer {
+	t.Helper()
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -234,6 +239,7 @@ func TestCategories(t *testing.T) {
 			}
 			a := send(t, "POST", b.Serve(spec).URL+"/v1/sandboxes", "application/json", `{"snapshot_tag":"py"}`)
 			want := wire.Error{Error: "fork py: " + tt.err.Error(), Code: tt.code, Hint: "try less"}
+			want.RequestID = a.header.Get("X-Request-Id")
 			if diff := cmp.Diff(want, decode[wire.Error](t, a.body)); diff != "" || a.status != tt.status {
 				t.Errorf("status %d, want %d; body (-want +got):\n%s", a.status, tt.status, diff)
 			}

@@ -20,6 +20,9 @@ func (s *server) BranchSandbox(ctx context.Context, r wire.BranchSandboxRequestO
 	if err != nil {
 		return nil, err
 	}
+	if err = mayReplace(ctx, body); err != nil {
+		return nil, err
+	}
 	source, err := s.source(r.ID, body)
 	if err != nil {
 		return nil, err

@@ -1,14 +1,17 @@
 package api
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
+	"math"
 	"net/http"
 	"strconv"
 	"time"
 
+	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/wire"
 )
@@ -75,6 +78,10 @@ func answerFor(err error) (int, wire.Error) {
 		body.Code = "too_large"
 		body.Error = "the body is larger than " + strconv.FormatInt(tooLarge.Limit, 10) + " bytes"
 	}
+	if who, ok := errors.AsType[*auth.Unauthenticated](err); ok {
+		body.Error, body.Code = who.Error(), errdef.Code(who)
+		return http.StatusUnauthorized, body
+	}
 	if r, ok := errors.AsType[*refusal](err); ok {
 		body.Code = r.code
 		return r.status, body
@@ -91,8 +98,8 @@ func (s *server) note(r *http.Request, err error) {
 	if status, _ := answerFor(err); status != http.StatusInternalServerError {
 		return
 	}
-	s.logger.ErrorContext(r.Context(), "request failed", slog.String("request_id", requestID(r.Context())),
-		slog.String("method", r.Method), slog.String("path", r.URL.Path), slog.Any("error", err))
+	s.logger.LogAttrs(r.Context(), slog.LevelError, "request failed", about(r), slog.String("method", r.Method),
+		slog.String("path", r.URL.Path), slog.Any("error", err))
 }
 
 // failRequest answers a request that could not be decoded.
@@ -106,21 +113,31 @@ func (s *server) failRequest(w http.ResponseWriter, r *http.Request, err error) 
 // fail answers with err, and logs it if it is internal.
 func (s *server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	s.note(r, err)
-	answer(w, err)
+	answer(r.Context(), w, err)
 }
 
-func answer(w http.ResponseWriter, err error) {
-	status, body := answerFor(err)
+// waitFor is how many seconds a caller who met err is told to wait.
+func waitFor(err error) int {
+	if limited, ok := errors.AsType[*auth.LimitedError](err); ok {
+		return max(1, int(math.Ceil(limited.After.Seconds())))
+	}
+	return retryAfter
+}
+
+func answer(ctx context.Context, w http.ResponseWriter, err error) {
+	status, body := answerTo(ctx, err)
+	noteFailure(w, body.Code)
 	if rec, ok := w.(*recorder); ok && rec.status != 0 {
 		// The answer had begun: cut the connection, lest a part passes for the whole.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Unix(1, 0)) // a hijacked one is cut already
 		return
 	}
 	h := w.Header()
+	body.RequestID = h.Get(requestIDHeader)
 	h.Set("Content-Type", "application/json")
 	h.Del("Content-Length")
 	if status == http.StatusTooManyRequests {
-		h.Set("Retry-After", strconv.Itoa(retryAfter))
+		h.Set("Retry-After", strconv.Itoa(waitFor(err)))
 	}
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(body) // the client went away: nobody is left to tell

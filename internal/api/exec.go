@@ -45,6 +45,9 @@ func (s *server) ExecSandbox(ctx context.Context, r wire.ExecSandboxRequestObjec
 	if r.Body.Stdin != "" {
 		in = strings.NewReader(r.Body.Stdin)
 	}
+	if wantsEvents(ctx) {
+		return execEvents{ctx: ctx, s: s, id: r.ID, spec: spec, in: in, timeout: timeout}, nil
+	}
 	var out wire.ExecResult
 	err = s.Sandboxes.With(ctx, r.ID, func(ctx context.Context, g *guest.Client) error {
 		ctx, cancel := within(ctx, timeout)

@@ -11,16 +11,21 @@ import (
 )
 
 // ListImages answers GET /v1/images.
-func (s *server) ListImages(context.Context, wire.ListImagesRequestObject) (wire.ListImagesResponseObject, error) {
+func (s *server) ListImages(_ context.Context, r wire.ListImagesRequestObject) (wire.ListImagesResponseObject, error) {
 	images, err := s.Images.List()
 	if err != nil {
 		return nil, err
 	}
-	out := make(wire.ListImages200JSONResponse, 0, len(images))
+	by := imageOrder()
+	images, next, err := by.cut(images, r.Params.Limit, r.Params.After)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]wire.Image, 0, len(images))
 	for _, i := range images {
 		out = append(out, imageOf(i))
 	}
-	return out, nil
+	return page[wire.Image]{items: out, path: by.path, limit: r.Params.Limit, next: next}, nil
 }
 
 // BuildImage answers POST /v1/images.

@@ -18,7 +18,10 @@ const (
 	lineTimeout = 10 * time.Second
 )
 
-type wantsLinesKey struct{}
+type (
+	wantsLinesKey  struct{}
+	wantsEventsKey struct{}
+)
 
 // noteAccept leaves for handlers, which do not see the request's headers,
 // whether its client wants lines of progress.
@@ -27,8 +30,16 @@ func noteAccept(next wire.StrictHandlerFunc, _ string) wire.StrictHandlerFunc {
 		if strings.Contains(r.Header.Get("Accept"), ndjson) {
 			ctx = context.WithValue(ctx, wantsLinesKey{}, true)
 		}
+		if strings.Contains(r.Header.Get("Accept"), eventStream) {
+			ctx = context.WithValue(ctx, wantsEventsKey{}, true)
+		}
 		return next(ctx, w, r, request)
 	}
+}
+
+func wantsEvents(ctx context.Context) bool {
+	wants, _ := ctx.Value(wantsEventsKey{}).(bool)
+	return wants
 }
 
 func wantsLines(ctx context.Context) bool {
@@ -72,7 +83,8 @@ func (l lines) visit(w http.ResponseWriter) error {
 		return err
 	}
 	if err != nil {
-		_, body := answerFor(err)
+		_, body := answerTo(l.ctx, err)
+		noteFailure(w, body.Code)
 		return out.write(wire.ProgressLine{Error: body.Error, Code: body.Code, Hint: body.Hint})
 	}
 	data, err := json.Marshal(result)

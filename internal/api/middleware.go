@@ -3,7 +3,6 @@ package api
 import (
 	"bytes"
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +15,10 @@ import (
 	"runtime/debug"
 	"strings"
 	"time"
+	"unicode/utf8"
 
+	"github.com/tinevm/tine/internal/api/forge"
+	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/errdef"
 )
 
@@ -24,6 +26,9 @@ import (
 type recorder struct {
 	http.ResponseWriter
 	status int
+	route  string // its pattern
+	code   string // of its failure
+	stream bool   // it lasts as long as its client wants it to
 }
 
 // WriteHeader notes the status and passes it on.
@@ -55,9 +60,10 @@ func requestID(ctx context.Context) string {
 // outermost names the request, logs it and survives a handler's panic.
 func (s *server) outermost(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		id := rand.Text()[:16]
-		r = r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id))
-		w.Header().Set("X-Request-Id", id)
+		id := nameRequest(r)
+		r = s.concealer.screen(r.WithContext(context.WithValue(r.Context(), requestIDKey{}, id)))
+		w.Header().Set(requestIDHeader, id)
+		s.limitBody(w, r)
 		rec := &recorder{ResponseWriter: w}
 		defer s.finish(rec, r, time.Now())
 		next.ServeHTTP(rec, r)
@@ -69,12 +75,14 @@ func (s *server) outermost(next http.Handler) http.Handler {
 func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 	ctx, id := r.Context(), requestID(r.Context())
 	if p := recover(); p != nil {
-		s.logger.ErrorContext(ctx, "handler panicked", slog.String("request_id", id), slog.String("method", r.Method),
+		s.logger.ErrorContext(ctx, "handler panicked", slog.String("method", r.Method),
 			slog.String("path", r.URL.Path), slog.Any("panic", p), slog.String("stack", string(debug.Stack())))
-		answer(rec, errors.New("the daemon has a bug: see its log for request "+id))
+		answer(ctx, rec, errors.New("the daemon has a bug: see its log for request "+id))
 	}
-	s.logger.DebugContext(ctx, "request", slog.String("request_id", id), slog.String("method", r.Method),
-		slog.String("path", r.URL.Path), slog.Int("status", rec.status), slog.Duration("took", time.Since(start)))
+	took := time.Since(start)
+	s.count(rec, r, took)
+	s.logger.LogAttrs(ctx, slog.LevelDebug, "request", slog.String("method", r.Method), slog.String("path", r.URL.Path),
+		about(r), slog.Int("status", rec.status), slog.Float64("took_ms", millis(took)))
 }
 
 // sameOrigin refuses what a browser sends here on behalf of somebody's page,
@@ -83,7 +91,9 @@ func (s *server) finish(rec *recorder, r *http.Request, start time.Time) {
 func (s *server) sameOrigin(next http.Handler) http.Handler {
 	guard := http.NewCrossOriginProtection()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !ownHost(r.Host) {
+		// Only who is trusted for where it is can be tricked into coming.
+		ambient := auth.From(r.Context()).Ambient && r.TLS == nil && !isOpen(r)
+		if ambient && !ownHost(r.Host) {
 			s.fail(w, r, fmt.Errorf("%w: request for host %q", errdef.ErrDenied, r.Host))
 			return
 		}
@@ -113,7 +123,12 @@ func (s *server) route(mux *http.ServeMux) http.Handler {
 		escaped := r.URL.EscapedPath()
 		_, pattern := mux.Handler(r)
 		if pattern != "" && path.Clean(escaped) == escaped {
-			s.checkBody(mux, pattern).ServeHTTP(w, r)
+			if err := authorize(r.Context(), pattern); err != nil {
+				s.fail(w, r, err)
+				return
+			}
+			noteRoute(w, pattern)
+			s.checkBody(s.once(s.intended(mux, pattern), pattern), pattern).ServeHTTP(w, r)
 			return
 		}
 		probe := &probe{header: http.Header{}}
@@ -143,13 +158,18 @@ func (p *probe) WriteHeader(status int)      { p.status = status }
 func (s *server) checkBody(next http.Handler, pattern string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(pattern, "PUT ") && strings.HasSuffix(pattern, "/files") {
-			r.Body = http.MaxBytesReader(w, r.Body, s.maxFile)
+			r.Body = http.MaxBytesReader(w, s.patient(w, r.Body), s.maxFile)
 			next.ServeHTTP(w, r)
 			return
 		}
-		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+		if pattern == forge.UploadPattern {
+			r.Body = http.MaxBytesReader(w, s.patient(w, r.Body), forge.MaxUpload)
+			next.ServeHTTP(w, r)
+			return
+		}
+		body, err := s.readBody(w, r)
 		if err != nil {
-			s.fail(w, r, fmt.Errorf("%w: read the body: %w", errdef.ErrInvalid, err))
+			s.fail(w, r, err)
 			return
 		}
 		if err := checkJSON(r.Header.Get("Content-Type"), body); err != nil {
@@ -168,7 +188,10 @@ func checkJSON(contentType string, body []byte) error {
 	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
 		return refuse("unsupported_media_type", "the body's Content-Type must be application/json")
 	}
-	if !json.Valid(body) {
+	if !utf8.Valid(body) {
+		return fmt.Errorf("%w: the body is not UTF-8", errdef.ErrInvalid)
+	}
+	if !json.Valid(body) { // which also bounds how deep it is
 		return fmt.Errorf("%w: the body is not JSON", errdef.ErrInvalid)
 	}
 	return nil

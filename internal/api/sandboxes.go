@@ -23,13 +23,17 @@ const (
 )
 
 // ListSandboxes answers GET /v1/sandboxes.
-func (s *server) ListSandboxes(context.Context, wire.ListSandboxesRequestObject) (wire.ListSandboxesResponseObject, error) {
-	boxes := s.Sandboxes.List()
-	out := make(wire.ListSandboxes200JSONResponse, 0, len(boxes))
+func (s *server) ListSandboxes(_ context.Context, r wire.ListSandboxesRequestObject) (wire.ListSandboxesResponseObject, error) {
+	by := sandboxOrder()
+	boxes, next, err := by.cut(s.Sandboxes.List(), r.Params.Limit, r.Params.After)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]wire.Sandbox, 0, len(boxes))
 	for _, b := range boxes {
 		out = append(out, s.sandboxOf(b))
 	}
-	return out, nil
+	return page[wire.Sandbox]{items: out, path: by.path, limit: r.Params.Limit, next: next}, nil
 }
 
 // CreateSandboxes answers POST /v1/sandboxes.
@@ -63,7 +67,7 @@ func (s *server) fork(ctx context.Context, req sandbox.ForkRequest) ([]wire.Sand
 		if req.AllOrNothing {
 			return nil, result.Err
 		}
-		_, body := answerFor(result.Err)
+		_, body := answerTo(ctx, result.Err)
 		out = append(out, wire.Sandbox{
 			SnapshotTag: req.Snapshot, GuestAddr: guestAddr, State: wire.SandboxStateDead,
 			Error: body.Error, Code: body.Code, Hint: body.Hint,
@@ -100,6 +104,8 @@ func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 		return req, fmt.Errorf("%w: n must be at least 1", errdef.ErrInvalid)
 	case req.N > maxFork:
 		return req, fmt.Errorf("%w: n must be at most %d", errdef.ErrInvalid, maxFork)
+	case checkLabels(req.Labels) != nil:
+		return req, checkLabels(req.Labels)
 	case req.MemoryLimitMiB < 0:
 		return req, fmt.Errorf("%w: memory_limit_mib must not be negative", errdef.ErrInvalid)
 	case b.PerChildNetns:
@@ -176,7 +182,7 @@ func millis(d time.Duration) float64 { return float64(d) / float64(time.Millisec
 func (s *server) sandboxOf(i sandbox.Info) wire.Sandbox {
 	out := wire.Sandbox{
 		ID: i.ID, SnapshotTag: i.SnapshotTag, SnapshotDigest: i.SnapshotDigest, GuestAddr: guestAddr,
-		CreatedAtUnix: i.CreatedAt.Unix(), State: wire.SandboxState(i.State), Reason: i.Reason, Engine: i.Engine,
+		CreatedAtUnix: i.CreatedAt.Unix(), CreatedAt: rfc3339(i.CreatedAt), State: wire.SandboxState(i.State), Reason: i.Reason, Engine: i.Engine,
 		MemoryMiB: i.Machine.MemoryMiB, DiskMiB: i.Machine.DiskMiB, VCPUs: i.Machine.VCPUs, IdleTTLSecs: i.IdleTTL.Seconds(), Labels: i.Labels,
 		ForkMS: i.ForkMS, FromPool: i.FromPool, Head: i.Head, HasBranched: i.Branches > 0, BranchCount: i.Branches,
 	}
@@ -196,10 +202,10 @@ func (s *server) sandboxOf(i sandbox.Info) wire.Sandbox {
 		out.MemoryLimitMiB = &limit
 	}
 	if !i.LastActive.IsZero() {
-		out.LastActiveUnix = i.LastActive.Unix()
+		out.LastActiveUnix, out.LastActiveAt = i.LastActive.Unix(), rfc3339(i.LastActive)
 	}
 	if !i.ExpiresAt.IsZero() {
-		out.ExpiresAtUnix = i.ExpiresAt.Unix()
+		out.ExpiresAtUnix, out.ExpiresAt = i.ExpiresAt.Unix(), rfc3339(i.ExpiresAt)
 	}
 	return out
 }

@@ -23,7 +23,7 @@ import (
 const maxPool = 1000
 
 // ListSnapshots answers GET /v1/snapshots.
-func (s *server) ListSnapshots(context.Context, wire.ListSnapshotsRequestObject) (wire.ListSnapshotsResponseObject, error) {
+func (s *server) ListSnapshots(_ context.Context, r wire.ListSnapshotsRequestObject) (wire.ListSnapshotsResponseObject, error) {
 	snaps, err := s.snapshots()
 	if err != nil {
 		return nil, err
@@ -33,11 +33,16 @@ func (s *server) ListSnapshots(context.Context, wire.ListSnapshotsRequestObject)
 		return nil, err
 	}
 	known := names{images: images, tags: tagsOf(snaps)}
-	out := make(wire.ListSnapshots200JSONResponse, 0, len(snaps))
+	by := snapshotOrder()
+	snaps, next, err := by.cut(snaps, r.Params.Limit, r.Params.After)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]wire.Snapshot, 0, len(snaps))
 	for _, snap := range snaps {
 		out = append(out, s.snapshotOf(snap, known))
 	}
-	return out, nil
+	return page[wire.Snapshot]{items: out, path: by.path, limit: r.Params.Limit, next: next}, nil
 }
 
 // snapshots lists each tag once: those of the store, and branches that the
@@ -215,7 +220,7 @@ func (s *server) GetSnapshotInfo(_ context.Context, r wire.GetSnapshotInfoReques
 	}
 	m, snapOut := snap.Manifest, s.snapshotOf(snap, known)
 	d := wire.SnapshotDetail{
-		Tag: snap.Tag, Dir: snap.Dir(), Digest: snap.Digest, CreatedAtUnix: snapOut.CreatedAtUnix,
+		Tag: snap.Tag, Dir: snap.Dir(), Digest: snap.Digest, CreatedAtUnix: snapOut.CreatedAtUnix, CreatedAt: snapOut.CreatedAt,
 		MemoryLogicalBytes: int64(m.Machine.MemoryMiB) << 20, MemoryPhysicalBytes: snapOut.MemoryPhysicalBytes, VmstateBytes: m.Device.Size,
 		ParentContentHash: m.Parent, ParentTag: snapOut.ParentTag, Follows: snap.Follows, Auto: snap.Auto,
 		BranchedFrom: snap.BranchedFrom, Mode: snap.Mode, PauseMS: snapOut.PauseMS, DiffMS: snap.DiffMS,
@@ -293,7 +298,7 @@ func (s *server) check(ctx context.Context) (wire.CheckReport, error) {
 	problems, err := s.Snapshots.Check(ctx)
 	report := wire.CheckReport{OK: len(problems) == 0, Checked: len(snaps), Problems: []wire.CheckProblem{}}
 	for _, p := range problems {
-		report.Problems = append(report.Problems, wire.CheckProblem{Snapshot: p.Object, Problem: p.Text})
+		report.Problems = append(report.Problems, wire.CheckProblem{Snapshot: p.Object, Problem: conceal(ctx, p.Text)})
 	}
 	return report, err
 }
@@ -364,7 +369,7 @@ func (s *server) describe(snap snapshot.Snapshot) (wire.Snapshot, error) {
 func (s *server) snapshotOf(snap snapshot.Snapshot, known names) wire.Snapshot {
 	m, pool := snap.Manifest, s.poolOf(snap.Tag)
 	out := wire.Snapshot{
-		Tag: snap.Tag, Dir: snap.Dir(), CreatedAtUnix: max(snap.CreatedAt.Unix(), 0), BranchedFrom: snap.BranchedFrom,
+		Tag: snap.Tag, Dir: snap.Dir(), CreatedAtUnix: max(snap.CreatedAt.Unix(), 0), CreatedAt: rfc3339(snap.CreatedAt), BranchedFrom: snap.BranchedFrom,
 		Status: wire.SnapshotStatus(snap.Status), Bootable: snap.Status == snapshot.StatusReady,
 		Digest: snap.Digest, Image: known.images[m.Image], ImageDigest: m.Image, Engine: m.Engine,
 		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,

@@ -13,6 +13,7 @@ import (
 
 	"github.com/coder/websocket"
 
+	"github.com/tinevm/tine/internal/audit"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/wire"
@@ -45,6 +46,12 @@ func (s *server) stream(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, err)
 		return
 	}
+	leave, err := s.enterStream()
+	if err != nil {
+		s.fail(w, r, err)
+		return
+	}
+	defer leave()
 	conn, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true}) // checkStream has verified
 	if err != nil {
 		return // Accept has answered
@@ -118,7 +125,7 @@ func (st *execStream) finish(ctx context.Context, err error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastMessage)
 	defer cancel()
 	if err != nil {
-		_, body := answerFor(err)
+		_, body := answerTo(ctx, err)
 		_ = st.event(ctx, wire.StreamEvent{Error: &body}) // a client that left has no use for it
 	}
 	_ = st.conn.Close(websocket.StatusNormalClosure, "") // all was said; how the client leaves is its affair
@@ -134,6 +141,9 @@ func (st *execStream) first(ctx context.Context) (wire.StreamRequest, error) {
 	}
 	if kind != websocket.MessageText {
 		return wire.StreamRequest{}, fmt.Errorf("%w: the first message must be text", errdef.ErrInvalid)
+	}
+	if err = audit.Command(ctx, data); err != nil {
+		return wire.StreamRequest{}, err
 	}
 	return decodeStreamRequest(data)
 }

@@ -21,7 +21,7 @@ func (s *server) workspaces() (Workspaces, error) {
 }
 
 // ListWorkspaces answers GET /v1/workspaces.
-func (s *server) ListWorkspaces(context.Context, wire.ListWorkspacesRequestObject) (wire.ListWorkspacesResponseObject, error) {
+func (s *server) ListWorkspaces(_ context.Context, r wire.ListWorkspacesRequestObject) (wire.ListWorkspacesResponseObject, error) {
 	store, err := s.workspaces()
 	if err != nil {
 		return nil, err
@@ -30,11 +30,16 @@ func (s *server) ListWorkspaces(context.Context, wire.ListWorkspacesRequestObjec
 	if err != nil {
 		return nil, err
 	}
-	out := make(wire.ListWorkspaces200JSONResponse, 0, len(all))
+	by := workspaceOrder()
+	all, next, err := by.cut(all, r.Params.Limit, r.Params.After)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]wire.Workspace, 0, len(all))
 	for _, w := range all {
 		out = append(out, s.workspaceOf(w))
 	}
-	return out, nil
+	return page[wire.Workspace]{items: out, path: by.path, limit: r.Params.Limit, next: next}, nil
 }
 
 // CreateWorkspace answers POST /v1/workspaces.

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/tinevm/tine/client"
+	"github.com/tinevm/tine/internal/audit"
+	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/bench"
 	"github.com/tinevm/tine/internal/cli"
 	"github.com/tinevm/tine/internal/daemon"
@@ -32,7 +34,7 @@ type Parts struct{ Version string }
 
 // Deps returns the parts.
 func (p Parts) Deps() cli.Deps {
-	return cli.Deps{Serve: p.serve, Local: p.local, Demo: p.demo, Bench: p.bench, Doctor: p.doctor}
+	return cli.Deps{Serve: p.serve, Local: p.local, Demo: p.demo, Bench: p.bench, Doctor: p.doctor, Tokens: tokens()}
 }
 
 // TwinRole is the command line of this program as the helper of a live branch.
@@ -71,7 +73,7 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (
 
 // borrow runs use on a daemon that ends with it, and its sandboxes too.
 func (p Parts) borrow(ctx context.Context, o cli.HostOptions, use func(*daemon.Daemon) error) (err error) {
-	d, end, err := p.open(ctx, o, daemon.Config{Ephemeral: true, Logger: logger(o.Log, false)})
+	d, end, err := p.open(ctx, o, daemon.Config{Ephemeral: true, Logger: logger(o.Log, false, "")})
 	if err != nil {
 		return err
 	}
@@ -82,7 +84,13 @@ func (p Parts) borrow(ctx context.Context, o cli.HostOptions, use func(*daemon.D
 func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
 	d, end, err := p.open(ctx, o.HostOptions, daemon.Config{
 		Limits:       sandbox.Limits{Sandboxes: o.MaxSandboxes, Branches: o.Branches},
-		KeepBranches: o.KeepBranches, Logger: logger(o.Log, o.Verbose),
+		KeepBranches: o.KeepBranches, ForgeSnapshot: o.ForgeSnapshot, Logger: logger(o.Log, o.Verbose, o.LogFormat),
+		Audit: daemon.AuditConfig{Off: o.Audit.Dir == "none", Dir: o.Audit.Dir, Sync: audit.Sync(o.Audit.Sync), Reads: o.Audit.Reads},
+		Auth:  authConfig(o.Auth), TLS: auth.TLSFiles{Cert: o.Auth.TLSCert, Key: o.Auth.TLSKey, ClientCA: o.Auth.ClientCA},
+		DrainTime: o.DrainTime, OnStop: daemon.OnStop(o.OnStop),
+		HTTP: daemon.HTTPLimits{
+			Body: o.MaxBody, HeaderTime: o.HeaderTime, BodyTime: o.BodyTime, IdleTime: o.IdleTime, Streams: o.MaxStreams,
+		},
 	})
 	if err != nil {
 		return err
@@ -93,7 +101,7 @@ func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
 		socket = filepath.Join(o.StateDir, "tine.sock")
 	}
 	var u undo.Stack
-	listeners, err := d.Listen(ctx, daemon.Addresses{Socket: socket, Listen: o.Listen})
+	listeners, err := d.Listen(ctx, daemon.Addresses{Socket: socket, Listen: o.Listen, Plain: o.Auth.Plain})
 	if err != nil {
 		return err
 	}
@@ -103,19 +111,28 @@ func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
 		addresses[i] = ln.Addr().Network() + "://" + ln.Addr().String()
 	}
 	for tag, n := range o.Pool {
-		if err := d.Sandboxes.SetPool(ctx, tag, n); err != nil {
-			return u.Run(fmt.Errorf("pool of %s: %w", tag, err))
+		poolErr := d.Sandboxes.SetPool(ctx, tag, n)
+		if errors.Is(poolErr, errdef.ErrInvalid) {
+			return u.Run(fmt.Errorf("pool of %s: %w", tag, poolErr))
+		}
+		if poolErr != nil { // a snapshot that is gone must not keep the sandboxes from their daemon
+			logger(o.Log, o.Verbose, o.LogFormat).WarnContext(ctx, "no forks are parked", "snapshot", tag, "error", poolErr)
 		}
 	}
 	u.Release()
+	defer onHangUp(ctx, d.Reload)()
 	if o.Ready != nil {
 		o.Ready(addresses)
 	}
-	return d.Serve(ctx, listeners...)
+	err = d.Serve(ctx, listeners...)
+	if ctx.Err() != nil { // it was told to stop
+		d.Settle(context.WithoutCancel(ctx))
+	}
+	return err
 }
 
 func (p Parts) local(ctx context.Context, o cli.HostOptions) (*client.Client, func(context.Context) error, error) {
-	d, end, err := p.open(ctx, o, daemon.Config{Ephemeral: true, Logger: logger(o.Log, false)})
+	d, end, err := p.open(ctx, o, daemon.Config{Ephemeral: true, Logger: logger(o.Log, false, "")})
 	if err != nil {
 		return nil, nil, err
 	}
@@ -153,7 +170,7 @@ func (p Parts) doctor(ctx context.Context, o cli.HostOptions) ([]client.Check, e
 // engineConfig says how to look for engines: with a kernel to try, once an
 // image has brought one.
 func engineConfig(o cli.HostOptions) engines.Config {
-	cfg := engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log, false)}
+	cfg := engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log, false, "")}
 	store, err := image.Open(image.Config{Dir: filepath.Join(o.StateDir, "images")})
 	if err != nil {
 		return cfg // whoever needs the store will say what is wrong with it
@@ -178,7 +195,8 @@ func agentPath() (string, error) {
 	return path, nil
 }
 
-func logger(w io.Writer, verbose bool) *slog.Logger {
+// logger writes to w, as JSON if that is the format.
+func logger(w io.Writer, verbose bool, format string) *slog.Logger {
 	if w == nil {
 		return slog.New(slog.DiscardHandler)
 	}
@@ -186,5 +204,9 @@ func logger(w io.Writer, verbose bool) *slog.Logger {
 	if verbose {
 		level = slog.LevelDebug
 	}
-	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level}))
+	opts := &slog.HandlerOptions{Level: level}
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, opts))
+	}
+	return slog.New(slog.NewTextHandler(w, opts))
 }

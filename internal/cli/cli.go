@@ -53,6 +53,8 @@ type globals struct {
 	socket   string
 	stateDir string
 	engine   string
+
+	tokenFile, caFile, certFile, keyFile string
 }
 
 // Run runs the command that env names and returns its exit code. ctx ends when
@@ -98,9 +100,13 @@ socket in the state directory. With --local they start one for themselves.`,
 	f.StringVar(&a.flags.socket, "socket", "", "daemon's unix socket (default STATE-DIR/tine.sock)")
 	f.StringVar(&a.flags.stateDir, "state-dir", "", "where images, snapshots and sandboxes are (default $TINE_STATE_DIR, /var/lib/tine or ~/.local/state/tine)")
 	f.StringVar(&a.flags.engine, "engine", "auto", "engine of a daemon in this process: auto, qemu-kvm or qemu-tcg")
+	f.StringVar(&a.flags.tokenFile, "token-file", "", "`FILE` with a token: what serve demands, what other verbs show (default $TINE_TOKEN or $TINE_TOKEN_FILE)")
+	f.StringVar(&a.flags.caFile, "ca-file", "", "PEM `FILE` of who signs the daemon's certificate (default $TINE_CA_FILE)")
+	f.StringVar(&a.flags.certFile, "cert-file", "", "PEM `FILE` of the certificate to show the daemon (default $TINE_CERT_FILE)")
+	f.StringVar(&a.flags.keyFile, "key-file", "", "PEM `FILE` of its key (default $TINE_KEY_FILE)")
 	root.MarkFlagsMutuallyExclusive("url", "socket", "local")
 	root.AddCommand(
-		a.demoCommand(), a.serveCommand(), a.imageCommand(), a.snapshotCommand(),
+		a.demoCommand(), a.serveCommand(), a.tokenCommand(), a.auditCommand(), a.imageCommand(), a.snapshotCommand(),
 		a.forkCommand(), a.lsCommand(), a.execCommand(), a.runCommand(), a.evalCommand(), a.psCommand(),
 		a.branchCommand(), a.treeCommand(), a.rollbackCommand(), a.diffCommand(), a.promoteCommand(),
 		a.suspendCommand(), a.resumeCommand(), a.workspaceCommand(), a.cpCommand(), a.rmCommand(), a.doctorCommand(), a.benchCommand(), a.versionCommand(),

@@ -16,7 +16,7 @@ type completer = func(cmd *cobra.Command, args []string, word string) ([]cobra.C
 func (a *app) complete(ctx context.Context, list func(context.Context, *client.Client) []string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
-	c, err := client.New(a.address())
+	c, err := a.connect()
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

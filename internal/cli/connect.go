@@ -26,6 +26,11 @@ func (a *app) stateDir() string {
 	return filepath.Join(a.Getenv("HOME"), ".local", "state", "tine")
 }
 
+// Connect makes a client of the daemon that a command line without flags means.
+func Connect(getenv func(string) string) (*client.Client, error) {
+	return (&app{Environment: Environment{Getenv: getenv}}).connect()
+}
+
 // address is where the daemon is.
 func (a *app) address() client.Config {
 	cfg := client.Config{Token: a.Getenv("TINE_TOKEN")}
@@ -48,7 +53,7 @@ func (a *app) withClient(ctx context.Context, f func(c *client.Client) error) er
 	if a.flags.local {
 		return a.withLocal(ctx, f)
 	}
-	c, err := client.New(a.address())
+	c, err := a.connect()
 	if err != nil {
 		return err
 	}

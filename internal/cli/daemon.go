@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -20,11 +21,14 @@ func (a *app) serveCommand() *cobra.Command {
 		Use:   "serve",
 		Short: "Run the daemon",
 		Long: `Serve runs the daemon until it is interrupted. It answers on a unix socket in
-the state directory and on a TCP address, which must be a loopback one: there is
-no authorisation yet.`,
+the state directory, to its owner, and on a TCP address. One that other hosts
+can reach needs TLS, and --token-file, --tls-client-ca or a named token (tine
+token create). SIGHUP reads tokens and certificates again; a change of their
+files does too.`,
 		Example: `  tine serve
   tine serve --listen 127.0.0.1:9000 --pool py=5
-  tine serve --listen ''            # only the socket`,
+  tine serve --listen ''            # only the socket
+  tine serve --listen :8889 --token-file /etc/tine/token --tls-cert cert.pem --tls-key key.pem`,
 		Args: cobra.NoArgs,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			var err error
@@ -37,17 +41,47 @@ no authorisation yet.`,
 			if opts.Branches < 0 || (opts.Branches == 0 && cmd.Flags().Changed("branch-concurrency")) {
 				return fmt.Errorf("%w: --branch-concurrency must be at least 1", errdef.ErrInvalid)
 			}
+			if err = checkLimits(opts); err != nil {
+				return err
+			}
 			return a.serve(ctx, opts)
 		}),
 	}
+	a.guardFlags(cmd, &opts.Auth)
+	auditFlags(cmd, &opts.Audit)
 	f := cmd.Flags()
 	f.StringVar(&opts.Listen, "listen", "127.0.0.1:8889", "TCP address to answer on, or none if empty")
 	f.StringArrayVar(&pools, "pool", nil, "keep warm forks parked: `TAG=N`; may be repeated")
 	f.IntVar(&opts.MaxSandboxes, "max-sandboxes", 0, "refuse more sandboxes than `N`, parked ones included (default 1024)")
 	f.IntVar(&opts.Branches, "branch-concurrency", 0, "take or write at most `N` branches at once (default 4)")
 	f.IntVar(&opts.KeepBranches, "keep-branches", 0, "keep the last `N` branches without a name of each sandbox (default all)")
+	f.DurationVar(&opts.DrainTime, "drain-time", 10*time.Second, "when stopped, let requests go on for so long")
+	f.StringVar(&opts.OnStop, "on-stop", "leave", "when stopped, `leave|suspend|remove` sandboxes")
+	f.Int64Var(&opts.MaxBody, "max-body", 2<<20, "refuse JSON bodies of more `bytes`")
+	f.IntVar(&opts.MaxStreams, "max-streams", 1024, "refuse more than `N` exec streams at once")
+	f.DurationVar(&opts.HeaderTime, "header-timeout", 10*time.Second, "how long the head of a request may take")
+	f.DurationVar(&opts.BodyTime, "read-timeout", 30*time.Second, "how long a JSON body may take, or a pause in a file")
+	f.DurationVar(&opts.IdleTime, "idle-timeout", 2*time.Minute, "how long a connection may wait for its next request")
+	f.StringVar(&opts.ForgeSnapshot, "forge-snapshot", "", "`TAG` that Forge's gateway forks from (default py, or the only one)")
 	f.BoolVarP(&opts.Verbose, "verbose", "v", false, "log every request")
+	f.StringVar(&opts.LogFormat, "log-format", "text", "write the log as `text|json`")
 	return cmd
+}
+
+// checkLimits sees that what was asked for can be: a limit of nothing would
+// mean the default.
+func checkLimits(o ServeOptions) error {
+	switch {
+	case o.OnStop != "leave" && o.OnStop != "suspend" && o.OnStop != "remove":
+		return fmt.Errorf("%w: --on-stop %q is none of leave, suspend and remove", errdef.ErrInvalid, o.OnStop)
+	case o.LogFormat != "text" && o.LogFormat != "json":
+		return fmt.Errorf("%w: --log-format %q is neither text nor json", errdef.ErrInvalid, o.LogFormat)
+	case o.DrainTime <= 0 || o.HeaderTime <= 0 || o.BodyTime <= 0 || o.IdleTime <= 0:
+		return fmt.Errorf("%w: a time must be more than 0", errdef.ErrInvalid)
+	case o.MaxBody <= 0 || o.MaxStreams <= 0:
+		return fmt.Errorf("%w: --max-body and --max-streams must be at least 1", errdef.ErrInvalid)
+	}
+	return nil
 }
 
 func (a *app) serve(ctx context.Context, opts ServeOptions) error {
@@ -57,6 +91,7 @@ func (a *app) serve(ctx context.Context, opts ServeOptions) error {
 	opts.HostOptions = a.hostOptions()
 	opts.Log = a.Stderr
 	opts.Socket = a.flags.socket
+	opts.Auth.TokenFile = a.flags.tokenFile
 	opts.Ready = func(addresses []string) {
 		if !a.flags.quiet {
 			a.notef("tine: serving on %s", strings.Join(addresses, " and "))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/tinevm/tine/client"
 	"github.com/tinevm/tine/internal/errdef"
@@ -21,6 +22,8 @@ type Deps struct {
 	Demo func(ctx context.Context, opts DemoOptions) error
 	// Bench measures and writes what it measured.
 	Bench func(ctx context.Context, opts BenchOptions) error
+	// Tokens are the named tokens of a state directory.
+	Tokens TokenDeps
 	// Doctor examines this host.
 	Doctor func(ctx context.Context, opts HostOptions) ([]client.Check, error)
 }
@@ -41,6 +44,9 @@ type ServeOptions struct {
 	Socket string
 	// Listen is a TCP address, or "" for none.
 	Listen string
+	// Auth says who is let in, and Audit what is remembered of it.
+	Auth  AuthOptions
+	Audit AuditOptions
 	// Pool says how many warm forks to keep, by snapshot tag.
 	Pool map[string]int
 	// MaxSandboxes is how many there may be; 0 is the daemon's default.
@@ -51,11 +57,61 @@ type ServeOptions struct {
 	// KeepBranches is how many branches that nobody named are kept of each
 	// sandbox; 0: all.
 	KeepBranches int
-	// Verbose logs every request.
-	Verbose bool
+	// ForgeSnapshot is what sandboxes of Forge's gateway are forked from; ""
+	// lets the daemon choose.
+	ForgeSnapshot string
+	// Verbose logs every request; LogFormat is text or json.
+	Verbose   bool
+	LogFormat string
+	// DrainTime is how long requests may go on when the daemon is told to stop,
+	// and OnStop what then becomes of sandboxes: leave, suspend or remove.
+	DrainTime time.Duration
+	OnStop    string
+	// MaxBody bounds a JSON body; HeaderTime, BodyTime and IdleTime how long a
+	// client may take; MaxStreams how many exec streams are open. 0 is the
+	// daemon's default.
+	MaxBody                        int64
+	HeaderTime, BodyTime, IdleTime time.Duration
+	MaxStreams                     int
 	// Ready, when set, is called once the daemon answers, with the addresses
 	// it answers on.
 	Ready func(addresses []string)
+}
+
+// TokenDeps change and list the named tokens of a state directory. They need no
+// daemon.
+type TokenDeps struct {
+	// Create makes a token of what t says, and returns it as it is kept, and the
+	// token itself.
+	Create func(ctx context.Context, stateDir string, t Token) (made Token, secret string, err error)
+	List   func(stateDir string) ([]Token, error)
+	Remove func(ctx context.Context, stateDir, name string) error
+}
+
+// Token is what is known of a named token.
+type Token struct {
+	Name  string `json:"name"`
+	Scope string `json:"scope"`
+	// MaxSandboxes is 0 where there is no bound.
+	MaxSandboxes int       `json:"max_sandboxes,omitempty"`
+	Sign         bool      `json:"sign,omitempty"`
+	CreatedAt    time.Time `json:"created_at"`
+}
+
+// AuthOptions say who is let in.
+type AuthOptions struct {
+	// TokenFile has one token that may do everything; "" for none.
+	TokenFile string
+	// TLSCert and TLSKey are for TCP; ClientCA signs clients' certificates, and
+	// ClientScope is what those may do.
+	TLSCert, TLSKey, ClientCA, ClientScope string
+	// Plain allows an exposed address without TLS.
+	Plain bool
+	// SignWindow is how old a signed request may be; 0 is the daemon's default.
+	SignWindow time.Duration
+	// Rate and Burst bound the requests of one token; 0 is no bound.
+	Rate  float64
+	Burst int
 }
 
 // DemoOptions say how to run the demo.

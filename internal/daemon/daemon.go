@@ -8,6 +8,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,17 +17,17 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/api"
+	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/metrics"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/undo"
@@ -51,12 +52,29 @@ type Config struct {
 	Ephemeral bool
 	// Limits bound what callers can ask for; zero fields mean the defaults.
 	Limits sandbox.Limits
+	// ForgeSnapshot is what Forge's gateway forks from; "" lets it choose.
+	ForgeSnapshot string
 	// Version is what GET /version answers.
 	Version string
 	// Doctor examines the host for GET /v1/doctor; nil for none.
 	Doctor func(context.Context) []wire.DoctorCheck
 	// Logger may be nil.
 	Logger *slog.Logger
+	// Auth says who may come in, beside the tokens of the state directory; TLS
+	// what TCP listeners show and ask for. An ephemeral daemon asks nobody.
+	Auth auth.Config
+	TLS  auth.TLSFiles
+	// Audit says what is remembered of who did what.
+	Audit AuditConfig
+	// HTTP bounds what clients may do to the interface; zero fields mean the
+	// defaults.
+	HTTP HTTPLimits
+	// DrainTime is how long requests under way may go on once the daemon is
+	// told to stop; zero means 10 s.
+	DrainTime time.Duration
+	// OnStop is what becomes of sandboxes then; "" leaves them. Ephemeral ones
+	// end anyway.
+	OnStop OnStop
 }
 
 // Daemon is a running daemon. Its parts are safe for concurrent use.
@@ -68,9 +86,13 @@ type Daemon struct {
 	cfg     Config
 	log     *slog.Logger
 	handler http.Handler
+	events  *sandbox.Events
 
 	workspaces *workspace.Store // nil when ephemeral
 	lock       *os.File         // nil when ephemeral
+	guard      *auth.Guard      // nil when ephemeral
+	certs      *auth.Certificates
+	witness    *witness // nil when nothing is remembered
 }
 
 // Open opens the state directory and takes over the sandboxes that it finds
@@ -85,12 +107,22 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	if d.cfg.StateDir, err = MakeStateDir(cfg.StateDir); err != nil {
 		return nil, err
 	}
+	d.log = slog.New(api.WithRequestIDs(d.log.Handler()))
+	counts := metrics.New(cfg.Version)
+	d.events = api.NewEvents(api.Observe(counts))
 	if !cfg.Ephemeral {
 		if d.lock, err = lock(d.cfg.StateDir); err != nil {
 			return nil, err
 		}
 		u.Add(d.lock.Close)
+		if err = d.openAuth(); err != nil {
+			return nil, err
+		}
 	}
+	if err = d.openAudit(ctx); err != nil {
+		return nil, err
+	}
+	u.Add(func() error { return d.witness.close(ctx) })
 	if d.Images, err = image.Open(image.Config{Dir: d.path("images"), Agent: cfg.Agent, Logger: d.log}); err != nil {
 		return nil, err
 	}
@@ -99,18 +131,22 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	}
 	d.Sandboxes, err = sandbox.NewManager(ctx, sandbox.Config{
 		Dir: d.path("sandboxes"), Engine: cfg.Engine, Snapshots: d.Snapshots, Images: d.Images,
-		KeepBranches: cfg.KeepBranches, Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
+		KeepBranches: cfg.KeepBranches, Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Events: d.events, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
 	})
 	if err != nil {
 		return nil, err
 	}
 	u.Add(func() error { return d.Sandboxes.Close(ctx) })
+	boxes := api.Own(d.Sandboxes, d.guard)
 	face := api.Config{
-		Sandboxes: d.Sandboxes, Snapshots: d.Snapshots, Images: d.Images,
-		Doctor: cfg.Doctor, Version: cfg.Version, Logger: d.log,
+		Sandboxes: boxes, Auth: d.guard, Snapshots: d.Snapshots, Images: d.Images,
+		Audit: d.witness.auditLog(), AuditReads: cfg.Audit.Reads,
+		Metrics: counts, Events: d.events, Load: d.Sandboxes.Load,
+		Doctor: cfg.Doctor, ForgeSnapshot: cfg.ForgeSnapshot, Version: cfg.Version, Logger: d.log,
+		MaxBody: cfg.HTTP.Body, BodyTime: cfg.HTTP.BodyTime, MaxStreams: cfg.HTTP.Streams, StateDir: d.cfg.StateDir,
 	}
 	if !cfg.Ephemeral { // workspaces are for longer than that
-		if d.workspaces, err = workspace.Open(ctx, d.path("workspaces"), d.Sandboxes, d.log); err != nil {
+		if d.workspaces, err = workspace.Open(ctx, d.path("workspaces"), boxes, d.log); err != nil {
 			return nil, err
 		}
 		face.Workspaces = d.workspaces
@@ -160,83 +196,12 @@ func (d *Daemon) Close(ctx context.Context) error {
 	if d.workspaces != nil {
 		err = d.workspaces.Close()
 	}
-	err = errors.Join(err, d.Sandboxes.Close(ctx))
+	err = errors.Join(err, d.Sandboxes.Close(ctx), d.witness.close(ctx))
 	if d.lock != nil {
 		err = errors.Join(err, d.lock.Close())
 	}
 	return err
 }
-
-// Addresses say where to serve.
-type Addresses struct {
-	Socket string // path of a unix socket, or "" for none
-	Listen string // TCP address, or "" for none
-}
-
-// Listen opens the addresses. Only loopback is allowed on TCP: there is no
-// authentication yet.
-func (d *Daemon) Listen(ctx context.Context, at Addresses) (_ []net.Listener, err error) {
-	var u undo.Stack
-	defer func() { err = u.Run(err) }()
-	var listeners []net.Listener
-	if at.Socket != "" {
-		ln, listenErr := listenSocket(ctx, at.Socket)
-		if listenErr != nil {
-			return nil, listenErr
-		}
-		u.Add(ln.Close)
-		listeners = append(listeners, ln)
-	}
-	if at.Listen != "" {
-		ln, listenErr := listenTCP(ctx, at.Listen)
-		if listenErr != nil {
-			return nil, listenErr
-		}
-		listeners = append(listeners, ln)
-	}
-	return listeners, nil
-}
-
-// listenSocket replaces a socket that an earlier daemon left; the lock says
-// that there is no other now.
-func listenSocket(ctx context.Context, path string) (net.Listener, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove stale socket: %w", err)
-	}
-	// Nobody else may connect, from the first moment on.
-	private := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var chmodErr error
-		controlErr := c.Control(func(fd uintptr) { chmodErr = unix.Fchmod(int(fd), 0o600) })
-		return errors.Join(controlErr, chmodErr)
-	}}
-	ln, err := private.Listen(ctx, "unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	return ln, nil
-}
-
-func listenTCP(ctx context.Context, addr string) (net.Listener, error) {
-	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		return nil, fmt.Errorf("%w: listen address %q: %w", errdef.ErrInvalid, addr, err)
-	}
-	if ip := net.ParseIP(host); host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-		return nil, errdef.WithHint(
-			fmt.Errorf("%w: refusing to listen on %s without authentication", errdef.ErrDenied, addr),
-			"use a loopback address: --listen 127.0.0.1:8889")
-	}
-	var lc net.ListenConfig
-	ln, err := lc.Listen(ctx, "tcp", addr)
-	if err != nil {
-		return nil, fmt.Errorf("%w: listen: %w", errdef.ErrUnavailable, err)
-	}
-	return ln, nil
-}
-
-// drainTime bounds how long requests under way may go on once the daemon is
-// told to stop.
-const drainTime = 10 * time.Second
 
 // Serve answers on the listeners until ctx ends, and closes them.
 func (d *Daemon) Serve(ctx context.Context, listeners ...net.Listener) error {
@@ -244,12 +209,14 @@ func (d *Daemon) Serve(ctx context.Context, listeners ...net.Listener) error {
 	defer cancelRequests(nil)
 	srv := &http.Server{
 		Handler:           d.handler,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		ReadHeaderTimeout: cmp.Or(d.cfg.HTTP.HeaderTime, defaultHeaderTime),
+		IdleTimeout:       cmp.Or(d.cfg.HTTP.IdleTime, defaultIdleTime),
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return base },
+		BaseContext:       func(ln net.Listener) context.Context { return placed(base, ln) },
+		ConnContext:       auth.Connected,
 	}
+	srv.RegisterOnShutdown(d.events.Close) // or those who follow them would be waited for
 	group, ctx := errgroup.WithContext(ctx)
 	for _, ln := range listeners {
 		group.Go(func() error {
@@ -261,7 +228,7 @@ func (d *Daemon) Serve(ctx context.Context, listeners ...net.Listener) error {
 	}
 	group.Go(func() error {
 		<-ctx.Done()
-		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), cmp.Or(d.cfg.DrainTime, defaultDrainTime))
 		defer cancel()
 		err := srv.Shutdown(late)
 		cancelRequests(errStopping)

@@ -101,6 +101,54 @@ func (e DoctorCheckStatus) Valid() bool {
 	}
 }
 
+// Defines values for EventType.
+const (
+	EventTypeBranched        EventType = "branched"
+	EventTypeCreated         EventType = "created"
+	EventTypeDied            EventType = "died"
+	EventTypeExpired         EventType = "expired"
+	EventTypeGap             EventType = "gap"
+	EventTypeRemoved         EventType = "removed"
+	EventTypeResumed         EventType = "resumed"
+	EventTypeRolledBack      EventType = "rolled_back"
+	EventTypeRunning         EventType = "running"
+	EventTypeSnapshotCreated EventType = "snapshot.created"
+	EventTypeSnapshotRemoved EventType = "snapshot.removed"
+	EventTypeSuspended       EventType = "suspended"
+)
+
+// Valid indicates whether the value is a known member of the EventType enum.
+func (e EventType) Valid() bool {
+	switch e {
+	case EventTypeBranched:
+		return true
+	case EventTypeCreated:
+		return true
+	case EventTypeDied:
+		return true
+	case EventTypeExpired:
+		return true
+	case EventTypeGap:
+		return true
+	case EventTypeRemoved:
+		return true
+	case EventTypeResumed:
+		return true
+	case EventTypeRolledBack:
+		return true
+	case EventTypeRunning:
+		return true
+	case EventTypeSnapshotCreated:
+		return true
+	case EventTypeSnapshotRemoved:
+		return true
+	case EventTypeSuspended:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for FileInfoType.
 const (
 	FileInfoTypeDir     FileInfoType = "dir"
@@ -119,6 +167,21 @@ func (e FileInfoType) Valid() bool {
 	case FileInfoTypeOther:
 		return true
 	case FileInfoTypeSymlink:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ForgeHealthStatus.
+const (
+	ForgeHealthStatusOK ForgeHealthStatus = "ok"
+)
+
+// Valid indicates whether the value is a known member of the ForgeHealthStatus enum.
+func (e ForgeHealthStatus) Valid() bool {
+	switch e {
+	case ForgeHealthStatusOK:
 		return true
 	default:
 		return false
@@ -442,6 +505,9 @@ type Error struct {
 
 	// Hint What to do about it.
 	Hint string `json:"hint,omitempty"`
+
+	// RequestID The `X-Request-Id` of the answer.
+	RequestID string `json:"request_id,omitempty"`
 }
 
 // EvalRequest Code for a warm interpreter.
@@ -472,6 +538,69 @@ type EvalResult struct {
 	Stdout    string  `json:"stdout"`
 	TimedOut  bool    `json:"timed_out,omitempty"`
 	Traceback string  `json:"traceback,omitempty"`
+}
+
+// Event Something that has happened to a sandbox or a snapshot.
+type Event struct {
+	At       string `json:"at"`
+	AtUnixMS int64  `json:"at_unix_ms"`
+
+	// Data What there is to say of an event. Which fields it has depends on its type.
+	Data *EventData `json:"data,omitempty"`
+
+	// ID What `Last-Event-ID` continues after.
+	ID string `json:"id"`
+
+	// Sandbox The sandbox's id; absent for what is of a snapshot alone.
+	Sandbox string `json:"sandbox,omitempty"`
+
+	// Seq Its number, of those of this daemon; 0 for a gap before all.
+	Seq  int64     `json:"seq"`
+	Type EventType `json:"type"`
+}
+
+// EventType defines model for Event.Type.
+type EventType string
+
+// EventData What there is to say of an event. Which fields it has depends on its type.
+type EventData struct {
+	// Adopted The daemon found it so when it started.
+	Adopted bool `json:"adopted,omitempty"`
+
+	// Digest The snapshot's.
+	Digest string `json:"digest,omitempty"`
+
+	// FromPool It was a warm fork.
+	FromPool bool `json:"from_pool,omitempty"`
+
+	// Mode How the memory of a branch was taken.
+	Mode    string  `json:"mode,omitempty"`
+	PauseMS float64 `json:"pause_ms,omitempty"`
+
+	// Reason Why a sandbox died.
+	Reason string `json:"reason,omitempty"`
+
+	// Snapshot A tag.
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// TookMS How long a fork, a branch or a template took.
+	TookMS float64 `json:"took_ms,omitempty"`
+}
+
+// ExecChunk What a command wrote: `text`, or `base64` where it is not UTF-8.
+type ExecChunk struct {
+	Base64 string `json:"base64,omitempty"`
+	Text   string `json:"text,omitempty"`
+}
+
+// ExecEnd How a command ended whose output was streamed.
+type ExecEnd struct {
+	Code       string  `json:"code,omitempty"`
+	DurationMS float64 `json:"duration_ms"`
+	Error      string  `json:"error,omitempty"`
+	ExitCode   int64   `json:"exit_code"`
+	Signal     string  `json:"signal,omitempty"`
+	TimedOut   bool    `json:"timed_out"`
 }
 
 // ExecRequest A command to run.
@@ -522,6 +651,69 @@ type FileInfo struct {
 
 // FileInfoType defines model for FileInfo.Type.
 type FileInfoType string
+
+// ForgeCreate Asks Forge's gateway for a sandbox.
+type ForgeCreate struct {
+	// Runtime node, python or shell. It is checked, and changes nothing.
+	Runtime string `json:"runtime,omitempty"`
+}
+
+// ForgeExecute Code for Forge's gateway.
+type ForgeExecute struct {
+	Code string `json:"code"`
+
+	// Runtime node (`node -e`), python (`python3 -c`) or shell (`sh -c`).
+	Runtime string `json:"runtime"`
+}
+
+// ForgeHealth A sign of life, as Forge's gateway gives it.
+type ForgeHealth struct {
+	Status ForgeHealthStatus `json:"status"`
+}
+
+// ForgeHealthStatus defines model for ForgeHealth.Status.
+type ForgeHealthStatus string
+
+// ForgeResult How a command of Forge's gateway ended, in the spelling of the gateway and in that of its client.
+type ForgeResult struct {
+	// Error Why the daemon has ended the command.
+	Error string `json:"error,omitempty"`
+
+	// ExecutionTimeCamel The same as `execution_time_ms`.
+	ExecutionTimeCamel int64 `json:"executionTime"`
+	ExecutionTimeMS    int64 `json:"execution_time_ms"`
+
+	// ExitCodeCamel The same as `exit_code`.
+	ExitCodeCamel int `json:"exitCode"`
+
+	// ExitCode The command's own, or -1 when a signal ended it.
+	ExitCode int    `json:"exit_code"`
+	Stderr   string `json:"stderr"`
+	Stdout   string `json:"stdout"`
+
+	// Success Whether it ended with 0.
+	Success bool `json:"success"`
+}
+
+// ForgeSandbox A sandbox that Forge's gateway has made.
+type ForgeSandbox struct {
+	ID string `json:"id"`
+}
+
+// ForgeShell A line of shell for Forge's gateway.
+type ForgeShell struct {
+	// Command Run by `sh -c`.
+	Command string `json:"command"`
+}
+
+// ForgeUpload A file for Forge's gateway.
+type ForgeUpload struct {
+	// Data The file's bytes in base64.
+	Data []byte `json:"data"`
+
+	// Path A path in the guest; one that is not absolute is below the home of root.
+	Path string `json:"path"`
+}
 
 // GCReport What was removed.
 type GCReport struct {
@@ -698,8 +890,11 @@ type RollbackRequest struct {
 
 // Sandbox A running fork.
 type Sandbox struct {
-	BranchCount   int    `json:"branch_count"`
-	Code          string `json:"code,omitempty"`
+	BranchCount int    `json:"branch_count"`
+	Code        string `json:"code,omitempty"`
+
+	// CreatedAt The same in RFC 3339.
+	CreatedAt     string `json:"created_at,omitempty"`
 	CreatedAtUnix int64  `json:"created_at_unix"`
 
 	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
@@ -708,6 +903,9 @@ type Sandbox struct {
 
 	// Error Why this child of a fork was not made.
 	Error string `json:"error,omitempty"`
+
+	// ExpiresAt The same in RFC 3339.
+	ExpiresAt string `json:"expires_at,omitempty"`
 
 	// ExpiresAtUnix Absent when it never expires.
 	ExpiresAtUnix int64 `json:"expires_at_unix,omitempty"`
@@ -727,9 +925,12 @@ type Sandbox struct {
 	IdleAction SandboxIdleAction `json:"idle_action,omitempty"`
 
 	// IdleTTLSecs Absent when idleness does not end it.
-	IdleTTLSecs    float64           `json:"idle_ttl_secs,omitempty"`
-	Labels         map[string]string `json:"labels,omitempty"`
-	LastActiveUnix int64             `json:"last_active_unix,omitempty"`
+	IdleTTLSecs float64           `json:"idle_ttl_secs,omitempty"`
+	Labels      map[string]string `json:"labels,omitempty"`
+
+	// LastActiveAt The same in RFC 3339.
+	LastActiveAt   string `json:"last_active_at,omitempty"`
+	LastActiveUnix int64  `json:"last_active_unix,omitempty"`
 
 	// LastBranchMemoryPath The memory, or the layer, of its last branch, while that is there.
 	LastBranchMemoryPath *string `json:"last_branch_memory_path"`
@@ -779,8 +980,11 @@ type Snapshot struct {
 	BranchedFrom string `json:"branched_from,omitempty"`
 
 	// ChainDepth How many layers its memory is made of, above a whole one; absent for a whole one.
-	ChainDepth    int   `json:"chain_depth,omitempty"`
-	CreatedAtUnix int64 `json:"created_at_unix"`
+	ChainDepth int `json:"chain_depth,omitempty"`
+
+	// CreatedAt The same in RFC 3339.
+	CreatedAt     string `json:"created_at,omitempty"`
+	CreatedAtUnix int64  `json:"created_at_unix"`
 
 	// DiffLogicalBytes How much its pages, of a layer those that differ, hold.
 	DiffLogicalBytes int64 `json:"diff_logical_bytes,omitempty"`
@@ -840,8 +1044,11 @@ type SnapshotDetail struct {
 	BranchedFrom string `json:"branched_from,omitempty"`
 
 	// ChainDepth How many layers its memory is made of, above a whole one.
-	ChainDepth    int   `json:"chain_depth"`
-	CreatedAtUnix int64 `json:"created_at_unix"`
+	ChainDepth int `json:"chain_depth"`
+
+	// CreatedAt The same in RFC 3339.
+	CreatedAt     string `json:"created_at,omitempty"`
+	CreatedAtUnix int64  `json:"created_at_unix"`
 
 	// Dependents The tags of what was made from it.
 	Dependents        []string `json:"dependents"`
@@ -1001,8 +1208,17 @@ type Workspace struct {
 // WorkspaceStatus `stale`: its sandbox is gone or dead.
 type WorkspaceStatus string
 
+// After defines model for After.
+type After = string
+
+// IdempotencyKey defines model for IdempotencyKey.
+type IdempotencyKey = string
+
 // ImageName defines model for ImageName.
 type ImageName = string
+
+// Limit defines model for Limit.
+type Limit = int
 
 // Path defines model for Path.
 type Path = string
@@ -1023,6 +1239,55 @@ type GetDiffParams struct {
 
 	// B A tag, a digest or a sandbox's id.
 	B string `form:"b" json:"b"`
+}
+
+// FollowEventsParams defines parameters for FollowEvents.
+type FollowEventsParams struct {
+	// After The id of the last event that is known.
+	After string `form:"after,omitempty" json:"after,omitempty"`
+
+	// LastEventID The same; goes before `after`.
+	LastEventID string `json:"Last-Event-ID,omitempty"`
+}
+
+// ListImagesParams defines parameters for ListImages.
+type ListImagesParams struct {
+	// Limit How many to list at most; without it, all.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// After List what comes after this, which is the `X-Next-After` of the page before.
+	After After `form:"after,omitempty" json:"after,omitempty"`
+}
+
+// ListSandboxesParams defines parameters for ListSandboxes.
+type ListSandboxesParams struct {
+	// Limit How many to list at most; without it, all.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// After List what comes after this, which is the `X-Next-After` of the page before.
+	After After `form:"after,omitempty" json:"after,omitempty"`
+}
+
+// CreateSandboxesParams defines parameters for CreateSandboxes.
+type CreateSandboxesParams struct {
+	// IdempotencyKey 1 to 255 visible characters that the caller makes up. A request with the
+	// same key and body within 24 hours has the answer of the first that
+	// succeeded, with `Idempotent-Replayed: true`, and does nothing; one that
+	// comes while the first is under way waits for it. With another body it is
+	// refused with 422. Keys are kept in memory: a daemon that starts anew has
+	// none, and one with many forgets the oldest. Progress is not streamed.
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
+// BranchSandboxParams defines parameters for BranchSandbox.
+type BranchSandboxParams struct {
+	// IdempotencyKey 1 to 255 visible characters that the caller makes up. A request with the
+	// same key and body within 24 hours has the answer of the first that
+	// succeeded, with `Idempotent-Replayed: true`, and does nothing; one that
+	// comes while the first is under way waits for it. With another body it is
+	// refused with 422. Keys are kept in memory: a daemon that starts anew has
+	// none, and one with many forgets the oldest. Progress is not streamed.
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
 // RemoveFileParams defines parameters for RemoveFile.
@@ -1064,6 +1329,26 @@ type StatFileParams struct {
 	Path Path `form:"path" json:"path"`
 }
 
+// ListSnapshotsParams defines parameters for ListSnapshots.
+type ListSnapshotsParams struct {
+	// Limit How many to list at most; without it, all.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// After List what comes after this, which is the `X-Next-After` of the page before.
+	After After `form:"after,omitempty" json:"after,omitempty"`
+}
+
+// CreateSnapshotParams defines parameters for CreateSnapshot.
+type CreateSnapshotParams struct {
+	// IdempotencyKey 1 to 255 visible characters that the caller makes up. A request with the
+	// same key and body within 24 hours has the answer of the first that
+	// succeeded, with `Idempotent-Replayed: true`, and does nothing; one that
+	// comes while the first is under way waits for it. With another body it is
+	// refused with 422. Keys are kept in memory: a daemon that starts anew has
+	// none, and one with many forgets the oldest. Progress is not streamed.
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty"`
+}
+
 // DeleteSnapshotParams defines parameters for DeleteSnapshot.
 type DeleteSnapshotParams struct {
 	// Cascade Remove the snapshots that were made from it as well.
@@ -1071,6 +1356,26 @@ type DeleteSnapshotParams struct {
 
 	// Force Remove its tag alone. What was made from it goes on working: its bytes stay for as long as something needs them.
 	Force bool `form:"force,omitempty" json:"force,omitempty"`
+}
+
+// ListWorkspacesParams defines parameters for ListWorkspaces.
+type ListWorkspacesParams struct {
+	// Limit How many to list at most; without it, all.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// After List what comes after this, which is the `X-Next-After` of the page before.
+	After After `form:"after,omitempty" json:"after,omitempty"`
+}
+
+// CreateWorkspaceParams defines parameters for CreateWorkspace.
+type CreateWorkspaceParams struct {
+	// IdempotencyKey 1 to 255 visible characters that the caller makes up. A request with the
+	// same key and body within 24 hours has the answer of the first that
+	// succeeded, with `Idempotent-Replayed: true`, and does nothing; one that
+	// comes while the first is under way waits for it. With another body it is
+	// refused with 422. Keys are kept in memory: a daemon that starts anew has
+	// none, and one with many forgets the oldest. Progress is not streamed.
+	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
 // BuildImageJSONRequestBody defines body for BuildImage for application/json ContentType.
@@ -1126,15 +1431,21 @@ type ServerInterface interface {
 	// GetHealth Say that the daemon is up
 	// (GET /healthz)
 	GetHealth(w http.ResponseWriter, r *http.Request)
+	// GetMetrics Say what the daemon has counted, for Prometheus
+	// (GET /metrics)
+	GetMetrics(w http.ResponseWriter, r *http.Request)
 	// GetDiff Say in what two nodes differ
 	// (GET /v1/diff)
 	GetDiff(w http.ResponseWriter, r *http.Request, params GetDiffParams)
 	// GetDoctor Examine the daemon's host
 	// (GET /v1/doctor)
 	GetDoctor(w http.ResponseWriter, r *http.Request)
+	// FollowEvents Follow what happens to sandboxes and snapshots
+	// (GET /v1/events)
+	FollowEvents(w http.ResponseWriter, r *http.Request, params FollowEventsParams)
 	// ListImages List images
 	// (GET /v1/images)
-	ListImages(w http.ResponseWriter, r *http.Request)
+	ListImages(w http.ResponseWriter, r *http.Request, params ListImagesParams)
 	// BuildImage Build an image
 	// (POST /v1/images)
 	BuildImage(w http.ResponseWriter, r *http.Request)
@@ -1146,10 +1457,10 @@ type ServerInterface interface {
 	GetImage(w http.ResponseWriter, r *http.Request, name ImageName)
 	// ListSandboxes List sandboxes
 	// (GET /v1/sandboxes)
-	ListSandboxes(w http.ResponseWriter, r *http.Request)
+	ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams)
 	// CreateSandboxes Fork sandboxes from a snapshot
 	// (POST /v1/sandboxes)
-	CreateSandboxes(w http.ResponseWriter, r *http.Request)
+	CreateSandboxes(w http.ResponseWriter, r *http.Request, params CreateSandboxesParams)
 	// DeleteSandbox Remove a sandbox
 	// (DELETE /v1/sandboxes/{id})
 	DeleteSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -1158,7 +1469,7 @@ type ServerInterface interface {
 	GetSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// BranchSandbox Take a snapshot of a sandbox as it is at this instant
 	// (POST /v1/sandboxes/{id}/branch)
-	BranchSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	BranchSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params BranchSandboxParams)
 	// EvalSandbox Run code in the sandbox's warm interpreter
 	// (POST /v1/sandboxes/{id}/eval)
 	EvalSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -1206,10 +1517,10 @@ type ServerInterface interface {
 	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// ListSnapshots List snapshots
 	// (GET /v1/snapshots)
-	ListSnapshots(w http.ResponseWriter, r *http.Request)
+	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
 	// CreateSnapshot Boot an image, warm it up and freeze it
 	// (POST /v1/snapshots)
-	CreateSnapshot(w http.ResponseWriter, r *http.Request)
+	CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams)
 	// CheckSnapshots Read every snapshot again and compare it with its digest
 	// (POST /v1/snapshots/check)
 	CheckSnapshots(w http.ResponseWriter, r *http.Request)
@@ -1245,10 +1556,10 @@ type ServerInterface interface {
 	GetTree(w http.ResponseWriter, r *http.Request)
 	// ListWorkspaces List workspaces
 	// (GET /v1/workspaces)
-	ListWorkspaces(w http.ResponseWriter, r *http.Request)
+	ListWorkspaces(w http.ResponseWriter, r *http.Request, params ListWorkspacesParams)
 	// CreateWorkspace Fork a sandbox that has a name, and is suspended and resumed by it
 	// (POST /v1/workspaces)
-	CreateWorkspace(w http.ResponseWriter, r *http.Request)
+	CreateWorkspace(w http.ResponseWriter, r *http.Request, params CreateWorkspaceParams)
 	// DeleteWorkspace Remove a workspace and its sandbox
 	// (DELETE /v1/workspaces/{name})
 	DeleteWorkspace(w http.ResponseWriter, r *http.Request, name WorkspaceName)
@@ -1280,6 +1591,20 @@ func (siw *ServerInterfaceWrapper) GetHealth(w http.ResponseWriter, r *http.Requ
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetHealth(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetMetrics operation middleware
+func (siw *ServerInterfaceWrapper) GetMetrics(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetMetrics(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1349,11 +1674,97 @@ func (siw *ServerInterfaceWrapper) GetDoctor(w http.ResponseWriter, r *http.Requ
 	handler.ServeHTTP(w, r)
 }
 
+// FollowEvents operation middleware
+func (siw *ServerInterfaceWrapper) FollowEvents(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params FollowEventsParams
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Last-Event-ID" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Last-Event-ID")]; found {
+		var LastEventID string
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Last-Event-ID", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Last-Event-ID", valueList[0], &LastEventID, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Last-Event-ID", Err: err})
+			return
+		}
+
+		params.LastEventID = LastEventID
+
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.FollowEvents(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListImages operation middleware
 func (siw *ServerInterfaceWrapper) ListImages(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListImagesParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.ListImages(w, r)
+		siw.Handler.ListImages(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1432,8 +1843,40 @@ func (siw *ServerInterfaceWrapper) GetImage(w http.ResponseWriter, r *http.Reque
 // ListSandboxes operation middleware
 func (siw *ServerInterfaceWrapper) ListSandboxes(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSandboxesParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.ListSandboxes(w, r)
+		siw.Handler.ListSandboxes(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1446,8 +1889,35 @@ func (siw *ServerInterfaceWrapper) ListSandboxes(w http.ResponseWriter, r *http.
 // CreateSandboxes operation middleware
 func (siw *ServerInterfaceWrapper) CreateSandboxes(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateSandboxesParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = IdempotencyKey
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.CreateSandboxes(w, r)
+		siw.Handler.CreateSandboxes(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1524,8 +1994,32 @@ func (siw *ServerInterfaceWrapper) BranchSandbox(w http.ResponseWriter, r *http.
 		return
 	}
 
+	// Parameter object where we will unmarshal all parameters from the context
+	var params BranchSandboxParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = IdempotencyKey
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.BranchSandbox(w, r, id)
+		siw.Handler.BranchSandbox(w, r, id, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2056,8 +2550,40 @@ func (siw *ServerInterfaceWrapper) SuspendSandbox(w http.ResponseWriter, r *http
 // ListSnapshots operation middleware
 func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListSnapshotsParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.ListSnapshots(w, r)
+		siw.Handler.ListSnapshots(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2070,8 +2596,35 @@ func (siw *ServerInterfaceWrapper) ListSnapshots(w http.ResponseWriter, r *http.
 // CreateSnapshot operation middleware
 func (siw *ServerInterfaceWrapper) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateSnapshotParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = IdempotencyKey
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.CreateSnapshot(w, r)
+		siw.Handler.CreateSnapshot(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2351,8 +2904,40 @@ func (siw *ServerInterfaceWrapper) GetTree(w http.ResponseWriter, r *http.Reques
 // ListWorkspaces operation middleware
 func (siw *ServerInterfaceWrapper) ListWorkspaces(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListWorkspacesParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.ListWorkspaces(w, r)
+		siw.Handler.ListWorkspaces(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2365,8 +2950,35 @@ func (siw *ServerInterfaceWrapper) ListWorkspaces(w http.ResponseWriter, r *http
 // CreateWorkspace operation middleware
 func (siw *ServerInterfaceWrapper) CreateWorkspace(w http.ResponseWriter, r *http.Request) {
 
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CreateWorkspaceParams
+
+	headers := r.Header
+
+	// ------------- Optional header parameter "Idempotency-Key" -------------
+	if valueList, found := headers[http.CanonicalHeaderKey("Idempotency-Key")]; found {
+		var IdempotencyKey IdempotencyKey
+		n := len(valueList)
+		if n != 1 {
+			siw.ErrorHandlerFunc(w, r, &TooManyValuesForParamError{ParamName: "Idempotency-Key", Count: n})
+			return
+		}
+
+		err = runtime.BindStyledParameterWithOptions("simple", "Idempotency-Key", valueList[0], &IdempotencyKey, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""})
+		if err != nil {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "Idempotency-Key", Err: err})
+			return
+		}
+
+		params.IdempotencyKey = IdempotencyKey
+
+	}
+
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		siw.Handler.CreateWorkspace(w, r)
+		siw.Handler.CreateWorkspace(w, r, params)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2616,6 +3228,8 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/healthz", wrapper.GetHealth)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/version", wrapper.GetVersion)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/metrics", wrapper.GetMetrics)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/events", wrapper.FollowEvents)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/doctor", wrapper.GetDoctor)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/images", wrapper.ListImages)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/images", wrapper.BuildImage)
@@ -2705,6 +3319,41 @@ func (response GetHealthdefaultJSONResponse) VisitGetHealthResponse(w http.Respo
 	return err
 }
 
+type GetMetricsRequestObject struct {
+}
+
+type GetMetricsResponseObject interface {
+	VisitGetMetricsResponse(w http.ResponseWriter) error
+}
+
+type GetMetrics200TextResponse string
+
+func (response GetMetrics200TextResponse) VisitGetMetricsResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/plain")
+	w.WriteHeader(200)
+
+	_, err := w.Write([]byte(fmt.Sprint(response)))
+	return err
+}
+
+type GetMetricsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetMetricsdefaultJSONResponse) VisitGetMetricsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type GetDiffRequestObject struct {
 	Params GetDiffParams
 }
@@ -2782,22 +3431,144 @@ func (response GetDoctordefaultJSONResponse) VisitGetDoctorResponse(w http.Respo
 	return err
 }
 
+type FollowEventsRequestObject struct {
+	Params FollowEventsParams
+}
+
+type FollowEventsResponseObject interface {
+	VisitFollowEventsResponse(w http.ResponseWriter) error
+}
+
+type FollowEvents200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response FollowEvents200ApplicationXNdjsonResponse) VisitFollowEventsResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type FollowEvents200TextEventStreamResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response FollowEvents200TextEventStreamResponse) VisitFollowEventsResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/event-stream")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type FollowEventsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response FollowEventsdefaultJSONResponse) VisitFollowEventsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListImagesRequestObject struct {
+	Params ListImagesParams
 }
 
 type ListImagesResponseObject interface {
 	VisitListImagesResponse(w http.ResponseWriter) error
 }
 
-type ListImages200JSONResponse []Image
+type ListImages200ResponseHeaders struct {
+	Link       string
+	XNextAfter string
+}
+
+type ListImages200JSONResponse struct {
+	Body    []Image
+	Headers ListImages200ResponseHeaders
+}
 
 func (response ListImages200JSONResponse) VisitListImagesResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Link", fmt.Sprint(response.Headers.Link))
+	w.Header().Set("X-Next-After", fmt.Sprint(response.Headers.XNextAfter))
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
@@ -2975,21 +3746,32 @@ func (response GetImagedefaultJSONResponse) VisitGetImageResponse(w http.Respons
 }
 
 type ListSandboxesRequestObject struct {
+	Params ListSandboxesParams
 }
 
 type ListSandboxesResponseObject interface {
 	VisitListSandboxesResponse(w http.ResponseWriter) error
 }
 
-type ListSandboxes200JSONResponse []Sandbox
+type ListSandboxes200ResponseHeaders struct {
+	Link       string
+	XNextAfter string
+}
+
+type ListSandboxes200JSONResponse struct {
+	Body    []Sandbox
+	Headers ListSandboxes200ResponseHeaders
+}
 
 func (response ListSandboxes200JSONResponse) VisitListSandboxesResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Link", fmt.Sprint(response.Headers.Link))
+	w.Header().Set("X-Next-After", fmt.Sprint(response.Headers.XNextAfter))
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
@@ -3013,7 +3795,8 @@ func (response ListSandboxesdefaultJSONResponse) VisitListSandboxesResponse(w ht
 }
 
 type CreateSandboxesRequestObject struct {
-	Body *CreateSandboxesJSONRequestBody
+	Params CreateSandboxesParams
+	Body   *CreateSandboxesJSONRequestBody
 }
 
 type CreateSandboxesResponseObject interface {
@@ -3124,8 +3907,9 @@ func (response GetSandboxdefaultJSONResponse) VisitGetSandboxResponse(w http.Res
 }
 
 type BranchSandboxRequestObject struct {
-	ID   SandboxID `json:"id"`
-	Body *BranchSandboxJSONRequestBody
+	ID     SandboxID `json:"id"`
+	Params BranchSandboxParams
+	Body   *BranchSandboxJSONRequestBody
 }
 
 type BranchSandboxResponseObject interface {
@@ -3281,6 +4065,49 @@ func (response ExecSandbox200JSONResponse) VisitExecSandboxResponse(w http.Respo
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
+}
+
+type ExecSandbox200TextEventStreamResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response ExecSandbox200TextEventStreamResponse) VisitExecSandboxResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "text/event-stream")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
 }
 
 type ExecSandboxdefaultJSONResponse struct {
@@ -3795,21 +4622,32 @@ func (response SuspendSandboxdefaultJSONResponse) VisitSuspendSandboxResponse(w 
 }
 
 type ListSnapshotsRequestObject struct {
+	Params ListSnapshotsParams
 }
 
 type ListSnapshotsResponseObject interface {
 	VisitListSnapshotsResponse(w http.ResponseWriter) error
 }
 
-type ListSnapshots200JSONResponse []Snapshot
+type ListSnapshots200ResponseHeaders struct {
+	Link       string
+	XNextAfter string
+}
+
+type ListSnapshots200JSONResponse struct {
+	Body    []Snapshot
+	Headers ListSnapshots200ResponseHeaders
+}
 
 func (response ListSnapshots200JSONResponse) VisitListSnapshotsResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Link", fmt.Sprint(response.Headers.Link))
+	w.Header().Set("X-Next-After", fmt.Sprint(response.Headers.XNextAfter))
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
@@ -3833,7 +4671,8 @@ func (response ListSnapshotsdefaultJSONResponse) VisitListSnapshotsResponse(w ht
 }
 
 type CreateSnapshotRequestObject struct {
-	Body *CreateSnapshotJSONRequestBody
+	Params CreateSnapshotParams
+	Body   *CreateSnapshotJSONRequestBody
 }
 
 type CreateSnapshotResponseObject interface {
@@ -4511,21 +5350,32 @@ func (response GetTreedefaultJSONResponse) VisitGetTreeResponse(w http.ResponseW
 }
 
 type ListWorkspacesRequestObject struct {
+	Params ListWorkspacesParams
 }
 
 type ListWorkspacesResponseObject interface {
 	VisitListWorkspacesResponse(w http.ResponseWriter) error
 }
 
-type ListWorkspaces200JSONResponse []Workspace
+type ListWorkspaces200ResponseHeaders struct {
+	Link       string
+	XNextAfter string
+}
+
+type ListWorkspaces200JSONResponse struct {
+	Body    []Workspace
+	Headers ListWorkspaces200ResponseHeaders
+}
 
 func (response ListWorkspaces200JSONResponse) VisitListWorkspacesResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
-	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
 		return err
 	}
 	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Link", fmt.Sprint(response.Headers.Link))
+	w.Header().Set("X-Next-After", fmt.Sprint(response.Headers.XNextAfter))
 	w.WriteHeader(200)
 	_, err := buf.WriteTo(w)
 	return err
@@ -4549,7 +5399,8 @@ func (response ListWorkspacesdefaultJSONResponse) VisitListWorkspacesResponse(w 
 }
 
 type CreateWorkspaceRequestObject struct {
-	Body *CreateWorkspaceJSONRequestBody
+	Params CreateWorkspaceParams
+	Body   *CreateWorkspaceJSONRequestBody
 }
 
 type CreateWorkspaceResponseObject interface {
@@ -4781,12 +5632,18 @@ type StrictServerInterface interface {
 	// GetHealth Say that the daemon is up
 	// (GET /healthz)
 	GetHealth(ctx context.Context, request GetHealthRequestObject) (GetHealthResponseObject, error)
+	// GetMetrics Say what the daemon has counted, for Prometheus
+	// (GET /metrics)
+	GetMetrics(ctx context.Context, request GetMetricsRequestObject) (GetMetricsResponseObject, error)
 	// GetDiff Say in what two nodes differ
 	// (GET /v1/diff)
 	GetDiff(ctx context.Context, request GetDiffRequestObject) (GetDiffResponseObject, error)
 	// GetDoctor Examine the daemon's host
 	// (GET /v1/doctor)
 	GetDoctor(ctx context.Context, request GetDoctorRequestObject) (GetDoctorResponseObject, error)
+	// FollowEvents Follow what happens to sandboxes and snapshots
+	// (GET /v1/events)
+	FollowEvents(ctx context.Context, request FollowEventsRequestObject) (FollowEventsResponseObject, error)
 	// ListImages List images
 	// (GET /v1/images)
 	ListImages(ctx context.Context, request ListImagesRequestObject) (ListImagesResponseObject, error)
@@ -4984,6 +5841,30 @@ func (sh *strictHandler) GetHealth(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// GetMetrics operation middleware
+func (sh *strictHandler) GetMetrics(w http.ResponseWriter, r *http.Request) {
+	var request GetMetricsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetMetrics(ctx, request.(GetMetricsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetMetrics")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetMetricsResponseObject); ok {
+		if err := validResponse.VisitGetMetricsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // GetDiff operation middleware
 func (sh *strictHandler) GetDiff(w http.ResponseWriter, r *http.Request, params GetDiffParams) {
 	var request GetDiffRequestObject
@@ -5034,9 +5915,37 @@ func (sh *strictHandler) GetDoctor(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// FollowEvents operation middleware
+func (sh *strictHandler) FollowEvents(w http.ResponseWriter, r *http.Request, params FollowEventsParams) {
+	var request FollowEventsRequestObject
+
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.FollowEvents(ctx, request.(FollowEventsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "FollowEvents")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(FollowEventsResponseObject); ok {
+		if err := validResponse.VisitFollowEventsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // ListImages operation middleware
-func (sh *strictHandler) ListImages(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) ListImages(w http.ResponseWriter, r *http.Request, params ListImagesParams) {
 	var request ListImagesRequestObject
+
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ListImages(ctx, request.(ListImagesRequestObject))
@@ -5142,8 +6051,10 @@ func (sh *strictHandler) GetImage(w http.ResponseWriter, r *http.Request, name I
 }
 
 // ListSandboxes operation middleware
-func (sh *strictHandler) ListSandboxes(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams) {
 	var request ListSandboxesRequestObject
+
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ListSandboxes(ctx, request.(ListSandboxesRequestObject))
@@ -5166,8 +6077,10 @@ func (sh *strictHandler) ListSandboxes(w http.ResponseWriter, r *http.Request) {
 }
 
 // CreateSandboxes operation middleware
-func (sh *strictHandler) CreateSandboxes(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) CreateSandboxes(w http.ResponseWriter, r *http.Request, params CreateSandboxesParams) {
 	var request CreateSandboxesRequestObject
+
+	request.Params = params
 
 	var body CreateSandboxesJSONRequestBody
 	if err := runtime.BindJSONBody(r, &body); err != nil {
@@ -5249,10 +6162,11 @@ func (sh *strictHandler) GetSandbox(w http.ResponseWriter, r *http.Request, id S
 }
 
 // BranchSandbox operation middleware
-func (sh *strictHandler) BranchSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+func (sh *strictHandler) BranchSandbox(w http.ResponseWriter, r *http.Request, id SandboxID, params BranchSandboxParams) {
 	var request BranchSandboxRequestObject
 
 	request.ID = id
+	request.Params = params
 
 	var body BranchSandboxJSONRequestBody
 	if err := runtime.BindJSONBody(r, &body); err != nil {
@@ -5725,8 +6639,10 @@ func (sh *strictHandler) SuspendSandbox(w http.ResponseWriter, r *http.Request, 
 }
 
 // ListSnapshots operation middleware
-func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams) {
 	var request ListSnapshotsRequestObject
+
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ListSnapshots(ctx, request.(ListSnapshotsRequestObject))
@@ -5749,8 +6665,10 @@ func (sh *strictHandler) ListSnapshots(w http.ResponseWriter, r *http.Request) {
 }
 
 // CreateSnapshot operation middleware
-func (sh *strictHandler) CreateSnapshot(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) CreateSnapshot(w http.ResponseWriter, r *http.Request, params CreateSnapshotParams) {
 	var request CreateSnapshotRequestObject
+
+	request.Params = params
 
 	var body CreateSnapshotJSONRequestBody
 	if err := runtime.BindJSONBody(r, &body); err != nil {
@@ -6087,8 +7005,10 @@ func (sh *strictHandler) GetTree(w http.ResponseWriter, r *http.Request) {
 }
 
 // ListWorkspaces operation middleware
-func (sh *strictHandler) ListWorkspaces(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) ListWorkspaces(w http.ResponseWriter, r *http.Request, params ListWorkspacesParams) {
 	var request ListWorkspacesRequestObject
+
+	request.Params = params
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.ListWorkspaces(ctx, request.(ListWorkspacesRequestObject))
@@ -6111,8 +7031,10 @@ func (sh *strictHandler) ListWorkspaces(w http.ResponseWriter, r *http.Request) 
 }
 
 // CreateWorkspace operation middleware
-func (sh *strictHandler) CreateWorkspace(w http.ResponseWriter, r *http.Request) {
+func (sh *strictHandler) CreateWorkspace(w http.ResponseWriter, r *http.Request, params CreateWorkspaceParams) {
 	var request CreateWorkspaceRequestObject
+
+	request.Params = params
 
 	var body CreateWorkspaceJSONRequestBody
 	if err := runtime.BindJSONBody(r, &body); err != nil {

@@ -20,6 +20,7 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/metrics"
 	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
@@ -31,6 +32,12 @@ import (
 // imageDigest is the digest of the image py, which every Backend has.
 const imageDigest = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 
+const (
+	version = "0.0.0-test"
+	// eventsKept is few, so that tests can have more.
+	eventsKept = 64
+)
+
 // Backend has an image py, a snapshot py and no sandbox.
 type Backend struct {
 	// Fail, when set, may return an error for the operation it is given, such
@@ -41,6 +48,10 @@ type Backend struct {
 	// KeepImage says what images were to be kept when unused ones were last
 	// collected.
 	KeepImage func(digest string) bool
+	// Events are what has happened to sandboxes.
+	Events *sandbox.Events
+	// Metrics are what the interface has counted.
+	Metrics *metrics.Metrics
 
 	tb         testing.TB
 	dir        string
@@ -61,8 +72,9 @@ func New(tb testing.TB) *Backend {
 	tb.Helper()
 	b := &Backend{
 		tb: tb, dir: tb.TempDir(), boxes: map[string]*box{}, images: map[string]image.Image{}, pools: map[string]int{},
-		pending: map[string]*branching{},
+		pending: map[string]*branching{}, Metrics: metrics.New(version),
 	}
+	b.Events = sandbox.NewEvents(eventsKept, api.Observe(b.Metrics))
 	store, err := snapshot.Open(filepath.Join(b.dir, "snapshots"), nil)
 	if err != nil {
 		tb.Fatal(err)
@@ -82,7 +94,8 @@ func New(tb testing.TB) *Backend {
 // Config is the interface's with this backend behind it.
 func (b *Backend) Config() api.Config {
 	return api.Config{
-		Sandboxes: b, Snapshots: b.store, Images: images{b}, Workspaces: b.workspaces, Version: "0.0.0-test",
+		Sandboxes: b, Snapshots: b.store, Images: images{b}, Workspaces: b.workspaces, Version: version,
+		Events: b.Events, Metrics: b.Metrics, Load: b.load,
 		Logger: slog.New(slog.NewTextHandler(b.tb.Output(), nil)), MaxOutput: 64 << 10, MaxFile: 1 << 20,
 		Doctor: func(context.Context) []wire.DoctorCheck {
 			return []wire.DoctorCheck{{Name: "kvm", Status: wire.DoctorCheckStatusWarn, Detail: "no /dev/kvm", Hint: "none is needed"}}
@@ -181,6 +194,7 @@ func (b *Backend) fork(ctx context.Context, snap snapshot.Snapshot, req sandbox.
 	}
 	b.boxes[id] = x
 	b.order = append(b.order, id)
+	b.Events.Add(sandbox.Created, id, sandbox.EventData{Snapshot: snap.Tag, Digest: snap.Digest, TookMS: info.ForkMS, FromPool: info.FromPool})
 	return info, nil
 }
 
@@ -242,6 +256,7 @@ func (b *Backend) remove(id string) error {
 	b.mu.Lock()
 	delete(b.boxes, id)
 	b.mu.Unlock()
+	b.Events.Add(sandbox.Removed, id, sandbox.EventData{})
 	x.close()
 	return nil
 }
@@ -305,6 +320,17 @@ func (b *Backend) Pool(ref string) (ready, want int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.pools[ref], b.pools[ref]
+}
+
+// load makes numbers up.
+func (b *Backend) load() sandbox.Load {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	load := sandbox.Load{BranchCap: 4}
+	for tag, n := range b.pools {
+		load.Pools = append(load.Pools, sandbox.PoolLoad{Snapshot: tag, Ready: n, Want: n})
+	}
+	return load
 }
 
 // Memory makes numbers up.

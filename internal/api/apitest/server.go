@@ -69,6 +69,10 @@ func (c *checker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
+	if wantsStream(r) {
+		c.stream(w, r, body)
+		return
+	}
 	rec := httptest.NewRecorder()
 	c.next.ServeHTTP(rec, r)
 	c.check(r, body, rec)
@@ -88,6 +92,14 @@ func (c *checker) check(r *http.Request, body []byte, rec *httptest.ResponseReco
 			c.tb.Errorf("%s %s: status %d with Content-Type %q", r.Method, r.URL, rec.Code, media)
 		}
 		c.checkSchema(r, "Error", rec.Body.Bytes())
+	case media == eventStream:
+		c.checkEvents(r, rec.Body.Bytes())
+	case media == "application/x-ndjson" && r.URL.Path == eventsPath:
+		for line := range bytes.Lines(rec.Body.Bytes()) {
+			if len(bytes.TrimSpace(line)) > 0 {
+				c.checkSchema(r, "Event", line)
+			}
+		}
 	case media == "application/x-ndjson":
 		for line := range bytes.Lines(rec.Body.Bytes()) {
 			c.checkSchema(r, "ProgressLine", line)
