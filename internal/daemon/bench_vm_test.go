@@ -236,7 +236,7 @@ func BenchmarkVMRecovery(b *testing.B) {
 		rss, _ = s.memory()
 	}
 	s.remove()
-	b.ReportMetric(0, "ns/op") // of both
+	b.ReportMetric(0, "ns/op")                  // of both
 	b.ReportMetric(millis(took[0]), "first-ms") // its machines are just up
 	b.ReportMetric(millis(median(took)), "p50-ms")
 	b.ReportMetric(millis(median(floor)), "p50-floor-ms")
