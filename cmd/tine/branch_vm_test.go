@@ -130,7 +130,7 @@ func TestBranchKillMinusNine(t *testing.T) {
 		func(i int) []string { return []string{"promote", "node", "p" + strconv.Itoa(i)} },
 		func(int) []string { return []string{"snapshot", "rm", "spare"} },
 	}
-	for i := range 3 * len(verbs) {
+	for i := range 2 * len(verbs) {
 		verb := verbs[i%len(verbs)](i)
 		cmd := h.command(t.Context(), verb...)
 		if err := cmd.Start(); err != nil {

@@ -104,7 +104,7 @@ func TestVMBranches(t *testing.T) {
 	modes := []sandbox.Mode{sandbox.Live, sandbox.Diff, sandbox.Full}
 	var seen []string
 	last := 0
-	for i := range number(t, "TINE_TEST_BRANCHES", 9) {
+	for i := range number(t, "TINE_TEST_BRANCHES", 6) {
 		mode := modes[i%len(modes)]
 		snap := l.branch(t, source, mode)
 		if snap.Mode != string(mode) {
