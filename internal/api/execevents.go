@@ -91,18 +91,8 @@ func (x execEvents) feed(p *guest.Process) {
 // beatEvents shows now and then that the connection lives, and ends the
 // command when it does not.
 func beatEvents(ctx context.Context, stop context.CancelCauseFunc, out *eventWriter) {
-	ticker := time.NewTicker(heartbeat)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-ticker.C:
-			if err := out.comment(); err != nil {
-				stop(err)
-				return
-			}
-		}
+	if err := beat(ctx, out.comment); err != nil {
+		stop(err)
 	}
 }
 

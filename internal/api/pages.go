@@ -64,20 +64,30 @@ func (o order[T]) cut(all []T, limit *int, after string) (part []T, next string,
 	if limit != nil && (*limit < 1 || *limit > maxPage) {
 		return nil, "", fmt.Errorf("%w: limit must be 1 to %d", errdef.ErrInvalid, maxPage)
 	}
-	part = slices.SortedFunc(slices.Values(all), func(a, b T) int { return cmp.Compare(o.key(a), o.key(b)) })
-	if after, err = o.resolve(part, after); err != nil {
+	if after, err = o.resolve(all, after); err != nil {
 		return nil, "", err
 	}
-	first, found := slices.BinarySearchFunc(part, after, func(item T, key string) int { return cmp.Compare(o.key(item), key) })
-	if found {
-		first++
+	var rest []keyed[T]
+	for _, item := range all {
+		if key := o.key(item); key > after {
+			rest = append(rest, keyed[T]{key, item})
+		}
 	}
-	part = part[first:]
-	if limit == nil || len(part) <= *limit {
-		return part, "", nil
+	slices.SortFunc(rest, func(a, b keyed[T]) int { return cmp.Compare(a.key, b.key) })
+	if limit != nil && len(rest) > *limit {
+		rest = rest[:*limit]
+		next = rest[*limit-1].key
 	}
-	part = part[:*limit]
-	return part, o.key(part[*limit-1]), nil
+	for _, k := range rest {
+		part = append(part, k.item)
+	}
+	return part, next, nil
+}
+
+// keyed is an element with its key, which takes longer to make than to compare.
+type keyed[T any] struct {
+	key  string
+	item T
 }
 
 // resolve turns the name of an element into its key.

@@ -316,15 +316,22 @@ func decodeStreamControl(data []byte) (streamControl, error) {
 
 // beat sends an empty event now and then.
 func (st *execStream) beat(ctx context.Context, cancel context.CancelCauseFunc) {
+	if err := beat(ctx, func() error { return st.event(ctx, wire.StreamEvent{}) }); err != nil {
+		cancel(errClientGone)
+	}
+}
+
+// beat calls send now and then, until ctx ends or it fails.
+func beat(ctx context.Context, send func() error) error {
 	ticker := time.NewTicker(heartbeat)
 	defer ticker.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case <-ticker.C:
-			if err := st.event(ctx, wire.StreamEvent{}); err != nil {
-				cancel(errClientGone)
+			if err := send(); err != nil {
+				return err
 			}
 		}
 	}

@@ -181,6 +181,13 @@ func (c *capture) noTwin(why error) {
 // resumeTime bounds the resume of a machine, whatever became of the branch.
 const resumeTime = 10 * time.Second
 
+// runOn lets a machine run again that was paused, also when ctx has ended.
+func runOn(ctx context.Context, vm vmm.VM) error {
+	late, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTime)
+	defer cancel()
+	return vm.Resume(late)
+}
+
 // instant pauses the machine, takes device state and memory, and resumes it,
 // whatever happens. A machine that was paused before stays so.
 func (c *capture) instant(ctx context.Context) (err error) {
@@ -191,9 +198,7 @@ func (c *capture) instant(ctx context.Context) (err error) {
 	start := time.Now()
 	if !paused {
 		defer func() {
-			late, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTime)
-			defer cancel()
-			err = errors.Join(err, c.vm.Resume(late))
+			err = errors.Join(err, runOn(ctx, c.vm))
 			c.facts.PauseMS = float64(time.Since(start).Microseconds()) / 1000
 		}()
 		if err = c.vm.Pause(ctx); err != nil {

@@ -26,8 +26,9 @@ func (b *box) freeSeat() (string, error) {
 
 // reseat gives the sandbox a machine raised from o in place of the one that it
 // has, if any. Until the new one has confirmed its identity and is on record
-// nothing has changed; from then on the old one is of no use to anybody.
-func (b *box) reseat(ctx context.Context, o *origin) error {
+// nothing has changed; from then on the old one is of no use to anybody, and the
+// sandbox is after the node head of the tree.
+func (b *box) reseat(ctx context.Context, o *origin, head string) error {
 	ctx, cancel := b.bound(ctx)
 	defer cancel()
 	leave, err := b.m.enter(ctx)
@@ -47,7 +48,7 @@ func (b *box) reseat(ctx context.Context, o *origin) error {
 	if err != nil {
 		return errors.Join(err, b.m.discard(vm))
 	}
-	old, err := b.sit(vm, c, o)
+	old, err := b.sit(vm, c, o, head)
 	if err != nil {
 		return errors.Join(err, c.Close(), b.m.discard(vm))
 	}
@@ -57,7 +58,7 @@ func (b *box) reseat(ctx context.Context, o *origin) error {
 
 // sit makes vm the sandbox's machine, on record first, and returns the one
 // that was.
-func (b *box) sit(vm vmm.VM, c *guest.Client, o *origin) (old vmm.VM, err error) {
+func (b *box) sit(vm vmm.VM, c *guest.Client, o *origin, head string) (old vmm.VM, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.ctx.Err() != nil {
@@ -65,7 +66,7 @@ func (b *box) sit(vm vmm.VM, c *guest.Client, o *origin) (old vmm.VM, err error)
 	}
 	r := b.record
 	r.State, r.Reason, r.FromPool = Running, "", false
-	r.Origin, r.PID, r.Handle = o.snap.Digest, vm.PID(), vm.Handle()
+	r.Origin, r.Head, r.PID, r.Handle = o.snap.Digest, head, vm.PID(), vm.Handle()
 	if err = r.save(b.m.Dir); err != nil {
 		return nil, err
 	}
@@ -117,26 +118,14 @@ func (b *box) rollback(ctx context.Context, node string) (err error) {
 		return errdef.WithHint(err, "tine tree shows the nodes; tine fork makes a new sandbox of any snapshot")
 	}
 	suspended := b.info().State == Suspended
-	if err = b.reseat(ctx, o); err != nil {
+	if err = b.reseat(ctx, o, o.snap.Digest); err != nil {
 		return err
 	}
-	b.moved(o.snap.Digest)
 	b.m.Events.Add(RolledBack, b.id, EventData{Snapshot: o.snap.Tag, Digest: o.snap.Digest})
 	if suspended {
 		return b.m.dropHeld(b.id)
 	}
 	return nil
-}
-
-// moved notes that the sandbox is at a node of the tree.
-func (b *box) moved(digest string) {
-	b.mu.Lock()
-	b.record.Head = digest
-	err := b.saveLocked()
-	b.mu.Unlock()
-	if err != nil { // it is there; only its place in the tree is not remembered
-		b.m.Logger.Warn("place in the tree not recorded", "sandbox", b.id, "snapshot", digest, "error", err)
-	}
 }
 
 // turnOf lets a call in that needs the sandbox's turn; *ctx then ends with the

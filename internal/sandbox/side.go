@@ -113,11 +113,7 @@ func (s *side) copy(ctx context.Context, b *box) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTime)
-		defer cancel()
-		err = errors.Join(err, vm.Resume(late))
-	}()
+	defer func() { err = errors.Join(err, runOn(ctx, vm)) }()
 	if err = vm.Pause(ctx); err != nil {
 		return err
 	}

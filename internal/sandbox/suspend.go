@@ -104,9 +104,7 @@ func (b *box) suspend(ctx context.Context) (err error) {
 		return err
 	}
 	if err = b.freeze(ctx, c); err != nil {
-		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), resumeTime)
-		defer cancel()
-		return errors.Join(cause(vm, err), vm.Resume(late))
+		return errors.Join(cause(vm, err), runOn(ctx, vm))
 	}
 	b.m.Logger.InfoContext(ctx, "sandbox suspended", "sandbox", b.id)
 	b.m.Events.Add(WasSuspended, b.id, EventData{})
@@ -171,7 +169,7 @@ func (b *box) resume(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
-	if err = b.reseat(ctx, o); err != nil {
+	if err = b.reseat(ctx, o, b.info().Head); err != nil {
 		return err
 	}
 	b.m.Logger.InfoContext(ctx, "sandbox resumed", "sandbox", b.id)

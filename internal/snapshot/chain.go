@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 
 	"github.com/tinevm/tine/internal/errdef"
@@ -255,20 +254,5 @@ func (s *Store) compactInto(ctx context.Context, st *Stage, from Snapshot) error
 	if err = st.LinkDisk(ctx, from.DiskPaths()); err != nil {
 		return err
 	}
-	return s.copyDevice(from.DevicePath(), st.DevicePath())
-}
-
-// copyDevice copies a device state: they are small.
-func (s *Store) copyDevice(from, to string) error {
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = src.Close() }() // only read
-	dst, err := s.files.create(to)
-	if err != nil {
-		return err
-	}
-	_, err = dst.ReadFrom(src)
-	return errors.Join(err, dst.Close())
+	return s.copyFile(ctx, from.DevicePath(), st.DevicePath())
 }

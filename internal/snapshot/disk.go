@@ -59,14 +59,14 @@ func (st *Stage) linkDisk(ctx context.Context, from, to string) error {
 	err := st.store.files.link(from, to)
 	for _, no := range []error{unix.EXDEV, unix.EMLINK, unix.EPERM, unix.EOPNOTSUPP} {
 		if errors.Is(err, no) {
-			return st.store.copyDisk(ctx, from, to)
+			return st.store.copyFile(ctx, from, to)
 		}
 	}
 	return err
 }
 
-// copyDisk copies a file of a disk, and leaves its holes out.
-func (s *Store) copyDisk(ctx context.Context, from, to string) error {
+// copyFile copies a file, and leaves its holes out.
+func (s *Store) copyFile(ctx context.Context, from, to string) error {
 	src, err := os.Open(from)
 	if err != nil {
 		return err
