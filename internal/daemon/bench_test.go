@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -19,27 +18,10 @@ import (
 	"github.com/tinevm/tine/client"
 	"github.com/tinevm/tine/internal/audit"
 	"github.com/tinevm/tine/internal/guest"
-	"github.com/tinevm/tine/internal/sandbox"
-	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/vmm/fake"
 )
 
 // docs/bench.md says how to run these, and what they have measured.
-
-// benchDir is a directory whose path leaves room for sockets.
-func benchDir(b *testing.B) string {
-	b.Helper()
-	dir, err := os.MkdirTemp("", "tine") //nolint:usetesting // see above
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			b.Error(err)
-		}
-	})
-	return dir
-}
 
 // benched serves a daemon on the socket in its state directory. It ends with
 // the benchmark, and so do its sandboxes.
@@ -85,46 +67,10 @@ func benched(b *testing.B, cfg Config) (*Daemon, *client.Client) {
 // benchedFake has n sandboxes that are no machines.
 func benchedFake(b *testing.B, n int, memory AuditConfig) (*Daemon, *client.Client) {
 	b.Helper()
-	d, c := benched(b, Config{StateDir: benchDir(b), Engine: fake.New(), Audit: memory})
-	img := emptyImage(b, d)
-	req := sandbox.SnapshotRequest{Tag: "py", Image: img, Machine: vmm.Machine{MemoryMiB: 64, VCPUs: 1}}
-	if _, err := d.Sandboxes.CreateSnapshot(b.Context(), req); err != nil {
-		b.Fatal(err)
-	}
-	benchFork(b, d, n)
+	d, c := benched(b, Config{StateDir: stateDir(b), Engine: fake.New(), Audit: memory})
+	template(b, d)
+	fork(b, d, n)
 	return d, c
-}
-
-// emptyImage is an image of empty files, by docs/formats/image.md.
-func emptyImage(b *testing.B, d *Daemon) string {
-	b.Helper()
-	const empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-	const blob = `{"digest":"sha256:` + empty + `"}`
-	manifest := []byte(`{"version":1,"source":"test","root":` + blob + `,"kernel":` + blob + `,"initrd":` + blob + `}`)
-	digest := audit.Digest(manifest)
-	for path, data := range map[string][]byte{
-		filepath.Join("blobs", "sha256", empty):                       nil,
-		filepath.Join("manifests", digest[len("sha256:"):]) + ".json": manifest,
-		filepath.Join("names", "py"):                                  []byte(digest + "\n"),
-	} {
-		path = filepath.Join(d.path("images"), path)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, data, 0o600)); err != nil {
-			b.Fatal(err)
-		}
-	}
-	return "py"
-}
-
-func benchFork(b *testing.B, d *Daemon, n int) (ids []string) {
-	b.Helper()
-	results, err := d.Sandboxes.Fork(b.Context(), sandbox.ForkRequest{Snapshot: "py", N: n, AllOrNothing: true})
-	for _, r := range results {
-		ids, err = append(ids, r.Sandbox.ID), errors.Join(err, r.Err)
-	}
-	if err != nil {
-		b.Fatal(err)
-	}
-	return ids
 }
 
 // auditWay is a way to remember what is done.
@@ -217,7 +163,7 @@ func BenchmarkList(b *testing.B) {
 			if err := daemon.get(b.Context(), path, &answer); err != nil {
 				b.Fatal(err)
 			}
-			floor := &lister{socket: filepath.Join(benchDir(b), "floor.sock")}
+			floor := &lister{socket: filepath.Join(stateDir(b), "floor.sock")}
 			serveBytes(b, floor.socket, answer.Bytes())
 			floor.open(b)
 			compareRates(b, daemon, floor, path)

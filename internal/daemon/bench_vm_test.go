@@ -30,7 +30,7 @@ const liveVMs = 50
 func vmDir(b *testing.B) string {
 	b.Helper()
 	vmtest.Snapshot(b)
-	dir := benchDir(b)
+	dir := stateDir(b)
 	for _, shared := range []string{"images", "snapshots"} {
 		if err := os.Symlink(filepath.Join(vmtest.StateDir(b), shared), filepath.Join(dir, shared)); err != nil {
 			b.Fatal(err)
@@ -60,7 +60,7 @@ func BenchmarkVMExec(b *testing.B) {
 		b.Run("audit="+way.name, func(b *testing.B) {
 			dir := vmDir(b)
 			d, c := benched(b, Config{StateDir: dir, Engine: vmtest.Engine(b), Agent: vmtest.Program(b, "tine-agent"), Audit: way.AuditConfig})
-			benchFork(b, d, 1)
+			fork(b, d, 1)
 			compareExec(b, d, c)
 		})
 	}

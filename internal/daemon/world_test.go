@@ -24,7 +24,7 @@ import (
 )
 
 // putImage writes an image py of empty files, by docs/formats/image.md.
-func putImage(t *testing.T, dir string) {
+func putImage(t testing.TB, dir string) {
 	t.Helper()
 	put := func(data []byte, names ...string) {
 		path := filepath.Join(append([]string{dir}, names...)...)
@@ -155,7 +155,7 @@ type refused struct {
 }
 
 // template makes the image and the snapshot py.
-func template(t *testing.T, d *Daemon) {
+func template(t testing.TB, d *Daemon) {
 	t.Helper()
 	putImage(t, d.path("images"))
 	req := sandbox.SnapshotRequest{Tag: "py", Image: "py", Machine: vmm.Machine{MemoryMiB: 64, VCPUs: 1}}
@@ -164,7 +164,7 @@ func template(t *testing.T, d *Daemon) {
 	}
 }
 
-func fork(t *testing.T, d *Daemon, n int) []string {
+func fork(t testing.TB, d *Daemon, n int) []string {
 	t.Helper()
 	results, err := d.Sandboxes.Fork(t.Context(), sandbox.ForkRequest{Snapshot: "py", N: n, AllOrNothing: true})
 	if err != nil {
