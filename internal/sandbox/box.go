@@ -401,7 +401,7 @@ func (b *box) talk(ctx context.Context) (*guest.Client, error) {
 	if vm == nil || b.ctx.Err() != nil {
 		return nil, context.Cause(b.ctx)
 	}
-	c, err := dial(ctx, vm, nil)
+	c, err := dial(ctx, vm)
 	if err != nil {
 		return nil, err
 	}
@@ -440,32 +440,49 @@ func (b *box) explain(err error) error {
 }
 
 // sessionTimeout bounds how long an agent may take to answer a new session.
-const sessionTimeout = 20 * time.Second
+// What it has not answered after firstPatience is asked again on a new
+// connection, and that is given twice as long.
+const (
+	sessionTimeout = 20 * time.Second
+	firstPatience  = time.Second
+)
 
 var errNoAnswer = fmt.Errorf("%w: the guest's agent did not answer", errdef.ErrTimeout)
 
-// dial opens a session, with a new identity for the guest when id is given;
-// then the caller bounds the time.
-func dial(ctx context.Context, vm vmm.VM, id *guest.Identity) (*guest.Client, error) {
-	if id == nil {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, sessionTimeout, errNoAnswer)
-		defer cancel()
+// dial opens a session with an agent that has had hosts before. One of them may
+// have ended in the middle of what the guest told it, as a daemon does that is
+// killed: QEMU 7.2 can then hold back all that the guest says from there on,
+// until one more connection has come and gone (see docs/engines.md).
+func dial(ctx context.Context, vm vmm.VM) (*guest.Client, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, sessionTimeout, errNoAnswer)
+	defer cancel()
+	for patience := firstPatience; ; patience *= 2 {
+		c, err := dialOnce(ctx, vm, patience)
+		if err == nil || ctx.Err() != nil || !errors.Is(err, errNoAnswer) {
+			return c, cause(vm, err)
+		}
 	}
+}
+
+func dialOnce(ctx context.Context, vm vmm.VM, patience time.Duration) (*guest.Client, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errNoAnswer)
+	defer cancel()
+	stream, err := vm.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return guest.Dial(ctx, stream)
+}
+
+// introduce opens the first session that an agent has, and gives the guest its
+// identity. The caller bounds the time.
+func introduce(ctx context.Context, vm vmm.VM, id guest.Identity) (*guest.Client, error) {
 	stream, err := vm.Dial(ctx)
 	if err != nil {
 		return nil, cause(vm, err)
 	}
-	var c *guest.Client
-	if id == nil {
-		c, err = guest.Dial(ctx, stream)
-	} else {
-		c, err = guest.DialIdentity(ctx, stream, *id)
-	}
-	if err != nil {
-		return nil, cause(vm, err)
-	}
-	return c, nil
+	c, err := guest.DialIdentity(ctx, stream, id)
+	return c, cause(vm, err)
 }
 
 // cause adds to err the machine's end, if that is what it comes from.

@@ -274,7 +274,7 @@ func (m *Manager) raise(ctx context.Context, o *origin, id, seat string) (vmm.VM
 func (b *box) identify(ctx context.Context, s secrets) error {
 	ctx, cancel := join(ctx, b.ctx)
 	defer cancel()
-	c, err := introduce(ctx, b.machine(), b.id, s)
+	c, err := introduce(ctx, b.machine(), s.identity(b.id))
 	if err != nil {
 		return err
 	}
@@ -295,11 +295,11 @@ func (req *ForkRequest) secrets() secrets {
 	return s
 }
 
-// introduce is the first session with a machine of the sandbox id.
-func introduce(ctx context.Context, vm vmm.VM, id string, s secrets) (*guest.Client, error) {
+// identity is who a fork is, with what it is trusted with.
+func (s secrets) identity(id string) guest.Identity {
 	who := guest.NewIdentity(id, id)
 	who.Secrets, who.KeepSecrets = s.values, s.keep
-	return dial(ctx, vm, &who)
+	return who
 }
 
 // kill ends a machine, whatever has happened to the call that started it.

@@ -462,3 +462,23 @@ func TestPins(t *testing.T) {
 		t.Errorf("lock afterwards: %v", err)
 	}
 }
+
+// TestMuteGuest: a guest whose answer does not come, because of how its last
+// host ended, is asked again.
+func TestMuteGuest(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	first := w.manager(t, lasting)
+	w.template(t, first)
+	id := fork(t, first, 1)[0]
+	sh(t, first, id, "echo before > file")
+	closeManager(t, first)
+
+	second := w.manager(t, lasting)
+	w.engine.onStep(failOnce("say", 1, func(ctx context.Context) error { return ctx.Err() }))
+	if got := sh(t, second, id, "cat file"); got != "before" {
+		t.Errorf("file holds %q", got)
+	}
+	killAll(t, second)
+	w.nothing(t, second)
+}

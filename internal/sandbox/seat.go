@@ -44,7 +44,7 @@ func (b *box) reseat(ctx context.Context, o *origin, head string) error {
 	if err != nil {
 		return err
 	}
-	c, err := introduce(ctx, vm, b.id, secrets{keep: o.snap.BranchedFrom == b.id})
+	c, err := introduce(ctx, vm, secrets{keep: o.snap.BranchedFrom == b.id}.identity(b.id))
 	if err != nil {
 		return errors.Join(err, b.m.discard(vm))
 	}

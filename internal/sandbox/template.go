@@ -218,7 +218,7 @@ func (t *template) boot(ctx context.Context, id string) error {
 	}
 	t.vm = vm
 	first := guest.NewIdentity("tine", id)
-	if t.client, err = dial(ctx, vm, &first); err != nil {
+	if t.client, err = introduce(ctx, vm, first); err != nil {
 		return t.explain(ctx, err)
 	}
 	progress.Report(ctx, "boot", fmt.Sprintf("guest is up after %.1f s", time.Since(start).Seconds()))
