@@ -57,7 +57,7 @@ fuzz: ## run each fuzz test for FUZZTIME (10s)
 	@set -e; $(GO) test -list '^Fuzz' ./... \
 	| awk '/^Fuzz/ {name[n++] = $$1} /^ok/ {for (i = 0; i < n; i++) print $$2, name[i]; n = 0}' \
 	| while read -r package name; do \
-		$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package"; \
+		$(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x "$$package"; \
 	done
 
 .PHONY: lint

@@ -33,10 +33,12 @@ var mayImport = map[string][]string{
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
+	"internal/ext4":     {"internal/errdef"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
-	"internal/image":    {"internal/durable", "internal/errdef", "internal/progress"},
+	"internal/image":    {"internal/durable", "internal/errdef", "internal/ext4", "internal/progress"},
 	"internal/metrics":  {},
+	"internal/record":   {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
@@ -44,6 +46,15 @@ var mayImport = map[string][]string{
 	"internal/vmm/qemu": {"internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm"},
 
 	// Tier 2: the domain.
+	"internal/attest": {
+		"internal/block", "internal/deterministic", "internal/errdef", "internal/guest", "internal/image", "internal/progress",
+		"internal/record", "internal/sandbox", "internal/snapshot", "internal/vmm",
+	},
+	"internal/block": {"internal/durable", "internal/errdef", "internal/record"},
+	"internal/deterministic": {
+		"internal/durable", "internal/errdef", "internal/guestproto", "internal/image", "internal/linux", "internal/progress", "internal/record",
+		"internal/snapshot", "internal/vmm",
+	},
 	"internal/sandbox": {
 		"internal/durable", "internal/errdef", "internal/guest", "internal/guestmem", "internal/guestproto",
 		"internal/image", "internal/linux", "internal/progress", "internal/snapshot", "internal/undo", "internal/vmm",
@@ -53,12 +64,12 @@ var mayImport = map[string][]string{
 	// Tier 3: delivery.
 	"client": {"internal/errdef", "internal/wire"},
 	"internal/api": {
-		"internal/api/forge", "internal/audit", "internal/auth", "internal/errdef", "internal/guest", "internal/guestproto",
-		"internal/image", "internal/metrics", "internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm",
-		"internal/wire", "internal/workspace",
+		"internal/api/forge", "internal/attest", "internal/audit", "internal/auth", "internal/block", "internal/deterministic",
+		"internal/errdef", "internal/guest", "internal/guestproto", "internal/image", "internal/metrics", "internal/progress",
+		"internal/record", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/api/forge": {"internal/errdef", "internal/guest", "internal/sandbox", "internal/snapshot", "internal/wire"},
-	"internal/cli":       {"client", "internal/audit", "internal/errdef", "internal/progress"},
+	"internal/cli":       {"client", "internal/audit", "internal/block", "internal/errdef", "internal/progress", "internal/record"},
 	"internal/forkd":     {"client", "internal/errdef"},
 	"internal/wire":      {},
 
@@ -71,11 +82,13 @@ var mayImport = map[string][]string{
 		"internal/wire",
 	},
 	"internal/bench": {
-		"internal/daemon", "internal/errdef", "internal/guest", "internal/guestmem", "internal/image", "internal/linux",
-		"internal/progress", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
+		"internal/attest", "internal/daemon", "internal/deterministic", "internal/errdef", "internal/guest", "internal/guestmem",
+		"internal/image", "internal/linux", "internal/progress", "internal/record",
+		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
 	"internal/daemon": {
-		"client", "internal/api", "internal/audit", "internal/auth", "internal/durable", "internal/errdef", "internal/guestmem",
+		"client", "internal/api", "internal/attest", "internal/audit", "internal/auth", "internal/deterministic",
+		"internal/durable", "internal/errdef", "internal/guestmem",
 		"internal/image", "internal/metrics", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 		"internal/wire", "internal/workspace",
 	},
@@ -88,15 +101,16 @@ var mayImport = map[string][]string{
 
 	// Only for tests.
 	"internal/api/apitest": {
-		"internal/agent", "internal/api", "internal/errdef", "internal/guest", "internal/guestmem", "internal/image",
-		"internal/metrics", "internal/progress", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
+		"internal/agent", "internal/api", "internal/attest", "internal/deterministic", "internal/errdef", "internal/guest",
+		"internal/guestmem", "internal/image", "internal/metrics", "internal/progress", "internal/record", "internal/sandbox",
+		"internal/snapshot", "internal/vmm", "internal/vmm/fake", "internal/wire", "internal/workspace",
 	},
 	"internal/vmm/fake": {
 		"internal/agent", "internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm",
 	},
 	"internal/vmm/vmmtest": {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
 	"internal/vmtest": {
-		"internal/durable", "internal/image", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/qemu",
+		"internal/deterministic", "internal/durable", "internal/image", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/qemu",
 	},
 }
 
@@ -107,14 +121,15 @@ var onlyForTests = []string{"internal/api/apitest", "internal/vmm/fake", "intern
 // testsMayImport is what a package's tests may import beside the package, its
 // row and what is only for tests.
 var testsMayImport = map[string][]string{
-	"client":             {"internal/api"},
-	"cmd/tine":           {"internal/durable", "internal/linux"},
-	"internal/api/forge": {"internal/api"},
-	"internal/agent":     {"internal/guest", "internal/vmm"},
-	"internal/bench":     {"internal/vmm/qemu"},
-	"internal/daemon":    {"internal/guest", "internal/linux"},
-	"internal/guest":     {"internal/agent"},
-	"internal/sandbox":   {"internal/vmm/qemu"},
+	"client":                 {"internal/api"},
+	"cmd/tine":               {"client", "internal/durable", "internal/linux"},
+	"internal/api/forge":     {"internal/api"},
+	"internal/agent":         {"internal/guest", "internal/vmm"},
+	"internal/bench":         {"internal/vmm/qemu"},
+	"internal/daemon":        {"internal/guest", "internal/linux"},
+	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},
+	"internal/guest":         {"internal/agent"},
+	"internal/sandbox":       {"internal/vmm/qemu"},
 
 	"internal/vmm/qemu":  {"internal/guest", "internal/image"},
 	"internal/workspace": {"internal/guest", "internal/snapshot", "internal/vmm"},

@@ -173,6 +173,20 @@ func TestErrorWithinProgress(t *testing.T) {
 	}
 }
 
+// TestTokensUnsupported: a daemon that asks nobody has no tokens. What one with
+// tokens does is for internal/daemon to test.
+func TestTokensUnsupported(t *testing.T) {
+	t.Parallel()
+	c, _ := connect(t)
+	_, err := c.Tokens(t.Context())
+	_, createErr := c.CreateToken(t.Context(), client.CreateTokenRequest{Name: "ci"})
+	for _, err := range []error{err, createErr, c.RemoveToken(t.Context(), "ci")} {
+		if code := errdef.Code(err); code != "unsupported" && code != "denied" {
+			t.Errorf("got %v", err)
+		}
+	}
+}
+
 func TestUnreachable(t *testing.T) {
 	t.Parallel()
 	for name, cfg := range map[string]client.Config{

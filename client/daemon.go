@@ -10,6 +10,8 @@ import (
 type (
 	// Version is what the daemon is.
 	Version = wire.Version
+	// AuditFile is a sealed file of the daemon's audit log.
+	AuditFile = wire.AuditFile
 	// Check is one thing that was examined on a host.
 	Check = wire.DoctorCheck
 )
@@ -29,6 +31,11 @@ func (c *Client) Version(ctx context.Context) (Version, error) {
 func (c *Client) Doctor(ctx context.Context) ([]Check, error) {
 	report, err := get[wire.DoctorReport](ctx, c, "/v1/doctor", nil)
 	return report.Checks, err
+}
+
+// RotateAudit has the daemon seal the active file of its audit log.
+func (c *Client) RotateAudit(ctx context.Context) (AuditFile, error) {
+	return post[AuditFile](ctx, c, "/v1/audit/rotate", nil)
 }
 
 // What an examination can come to.

@@ -42,15 +42,20 @@ func longCall[T any](ctx context.Context, c *Client, path string, in any, report
 	if media, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); media != ndjson {
 		return out, json.NewDecoder(body).Decode(&out)
 	}
-	result, err := readLines(body, report)
+	result, err := readLines(body, func(line wire.ProgressLine) error {
+		if line.Progress != nil {
+			report(*line.Progress)
+		}
+		return nil
+	})
 	if err != nil {
 		return out, err
 	}
 	return out, json.Unmarshal(result, &out)
 }
 
-// readLines reads up to the line that ends the stream.
-func readLines(r io.Reader, report func(Progress)) (json.RawMessage, error) {
+// readLines reads up to the line that ends the stream, and hands the others on.
+func readLines(r io.Reader, f func(wire.ProgressLine) error) (json.RawMessage, error) {
 	dec := json.NewDecoder(bufio.NewReader(r))
 	for {
 		var line wire.ProgressLine
@@ -64,8 +69,9 @@ func readLines(r io.Reader, report func(Progress)) (json.RawMessage, error) {
 			return nil, &Error{Code: line.Code, Message: line.Error, Hint: line.Hint}
 		case line.Result != nil:
 			return line.Result, nil
-		case line.Progress != nil:
-			report(*line.Progress)
+		}
+		if err := f(line); err != nil {
+			return nil, err
 		}
 	}
 }

@@ -17,6 +17,11 @@ type (
 	SnapshotDetail = wire.SnapshotDetail
 	// CreateSnapshotRequest says what snapshot to make.
 	CreateSnapshotRequest = wire.CreateSnapshotRequest
+	// SnapshotVerification says what came of making a snapshot again. Its Result
+	// is Verified, Mismatch or CannotCompare.
+	SnapshotVerification = wire.SnapshotVerification
+	// DigestPair is a file of a snapshot, and what it is when made again.
+	DigestPair = wire.DigestPair
 	// GCReport says what was removed.
 	GCReport = wire.GCReport
 	// CheckReport says what reading everything again has shown.
@@ -24,6 +29,9 @@ type (
 	// Pool is the warm forks of a snapshot.
 	Pool = wire.Pool
 )
+
+// SnapshotReady is the status of a snapshot that is complete.
+const SnapshotReady = wire.SnapshotStatusReady
 
 // RemoveSnapshotOptions say what to do about snapshots that were made from the
 // one to be removed. With neither, they forbid it.
@@ -46,6 +54,12 @@ func (c *Client) Snapshot(ctx context.Context, tag string) (SnapshotDetail, erro
 // be nil, is told how it goes.
 func (c *Client) CreateSnapshot(ctx context.Context, req CreateSnapshotRequest, report func(Progress)) (Snapshot, error) {
 	return longCall[Snapshot](ctx, c, "/v1/snapshots", req, report)
+}
+
+// VerifySnapshot makes a deterministic snapshot again, and compares. report,
+// which may be nil, is told how it goes.
+func (c *Client) VerifySnapshot(ctx context.Context, tag string, report func(Progress)) (SnapshotVerification, error) {
+	return longCall[SnapshotVerification](ctx, c, "/v1/snapshots"+segments(tag, "verify"), nil, report)
 }
 
 // RemoveSnapshot removes a snapshot that no sandbox uses.

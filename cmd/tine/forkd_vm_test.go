@@ -35,13 +35,14 @@ func TestForkdClients(t *testing.T) {
 		t.Fatal(err)
 	}
 	url := h.serveTCP("--token-file", file)
+	rootfs := shellRootfs(t)
 	for _, script := range []string{"controller.py", "sandbox.py", "mcp_tools.py"} {
 		t.Run(script, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 			defer cancel()
 			cmd := exec.CommandContext(ctx, filepath.Join(venv(t), "bin", "python3"), filepath.Join("testdata", "clients", script))
 			cmd.Env = append(os.Environ(), "FORKD_URL="+url, "FORKD_TOKEN="+token, "TINE_URL=", "TINE_TOKEN=",
-				"FORKD_TARGET="+freeAddress(t),
+				"FORKD_TARGET="+freeAddress(t), "FORKD_KERNEL="+rootfs, "FORKD_ROOTFS="+rootfs, // any file will do for a kernel
 				"PATH="+asForkd(t)+":"+os.Getenv("PATH"))
 			if out, err := cmd.CombinedOutput(); err != nil {
 				t.Errorf("%v\n%s", err, out)
@@ -52,6 +53,28 @@ func TestForkdClients(t *testing.T) {
 			}
 		})
 	}
+}
+
+// shellRootfs is a filesystem image with this host's shell, and what the loader
+// says that it needs. Its path is always the same, so that the store of images
+// that tests share has one of it.
+func shellRootfs(t *testing.T) string {
+	t.Helper()
+	const script = `set -e
+mkdir -p bin etc
+cp -L /bin/sh bin/sh
+for lib in $(ldd /bin/sh | grep -o '/[^ ]*'); do mkdir -p ".${lib%/*}"; cp -L "$lib" ".$lib"; done
+echo as a file >etc/made
+ln etc/made twin
+rm -f "$1"
+PATH=$PATH:/sbin:/usr/sbin mke2fs -q -t ext4 -d . "$1" 32M`
+	path := filepath.Join(vmtest.StateDir(t), "shell.ext4")
+	cmd := exec.CommandContext(t.Context(), "sh", "-c", script, "sh", path)
+	cmd.Dir = t.TempDir()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("make a root filesystem: %v\n%s", err, out)
+	}
+	return path
 }
 
 // asForkd is a directory in which tine has the name forkd.

@@ -25,6 +25,8 @@ const (
 	optDisk    = "tine.disk"    // the scratch disk that takes what is written, if there is one
 	optUpper   = "tine.upper"   // without a disk: the overlay's size as tmpfs takes it, default 50%: a full one is an error, not the end of a process
 	optReserve = "tine.reserve" // MiB of memory kept from processes, default 24
+	optMode    = "tine.mode"    // deterministic: the host is spoken to through the mailbox alone
+	optMailbox = "tine.mailbox" // the guest-physical address of the mailbox
 	optPIDs    = "tine.pids"    // processes and threads at most, default by memory
 )
 
@@ -47,6 +49,9 @@ func RunInit(ctx context.Context, log *slog.Logger) error {
 	}
 	a := New(Config{Log: log, Env: b.environment(), Upper: b.upper})
 	defer a.Close()
+	if b.deterministic() {
+		return a.serveDeterministic(&b)
+	}
 	if b.option(optLink, "virtio-serial") == "vsock" {
 		return a.serveVsock(ctx)
 	}
@@ -126,6 +131,8 @@ func (b *boot) readCmdline() error {
 	return err
 }
 
+func (b *boot) deterministic() bool { return b.option(optMode, "") == "deterministic" }
+
 func (b *boot) option(name, otherwise string) string {
 	for _, word := range b.cmdline {
 		if v, ok := strings.CutPrefix(word, name+"="); ok && v != "" {
@@ -149,6 +156,9 @@ func (b *boot) loadModules() error {
 	lists := []string{"/modules/order"}
 	if b.option(optDisk, "") != "" {
 		lists = append(lists, "/modules/order.d/blk", "/modules/order.d/ext4")
+	}
+	if b.deterministic() {
+		lists = append(lists, "/modules/order.d/e820") // its root is memory to the kernel
 	}
 	var errs []error
 	for _, list := range lists {

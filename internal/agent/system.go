@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -31,6 +32,9 @@ type system interface {
 	spawn(path string, argv []string, attr *syscall.ProcAttr) (int, error)
 	// upper opens the directory that holds what the files are beyond the image.
 	upper() (*os.File, error)
+	// endAll kills every process but this one, and waits until they are gone. On
+	// what is not a machine, it kills those of the session that leader leads.
+	endAll(leader int)
 	// reapsAll: every child of this process is the agent's to wait for.
 	reapsAll() bool
 }
@@ -119,6 +123,22 @@ func (m *machine) upper() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "upper"), nil
 }
 
+// endAll waits for the children's cgroup to be empty, but not for ever: what
+// has got out of it is as good as gone.
+func (m *machine) endAll(int) {
+	const patience, pause = 5 * time.Second, time.Millisecond
+	for begun := time.Now(); time.Since(begun) < patience; {
+		_ = syscall.Kill(-1, syscall.SIGKILL) // there may be none
+		const longest = 1 << 10
+		text, err := readSmall(childrenCgroup+"/cgroup.events", longest)
+		if err != nil || strings.Contains(string(text), "populated 0") {
+			return
+		}
+		ts := unix.NsecToTimespec(int64(pause))
+		_ = unix.Nanosleep(&ts, nil)
+	}
+}
+
 func (m *machine) reapsAll() bool { return os.Getpid() == 1 }
 
 // spawn makes the child an ordinary victim of the out-of-memory killer and puts
@@ -192,6 +212,8 @@ func (f *Fake) powerOff() error {
 }
 
 func (f *Fake) upper() (*os.File, error) { return os.Open(f.dir) }
+
+func (f *Fake) endAll(leader int) { killSession(leader) }
 
 func (f *Fake) reapsAll() bool { return false }
 

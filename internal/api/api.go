@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tinevm/tine/internal/api/forge"
+	"github.com/tinevm/tine/internal/attest"
 	"github.com/tinevm/tine/internal/audit"
 	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/guest"
@@ -43,6 +44,9 @@ type Config struct {
 	Sandboxes Sandboxes
 	Snapshots Snapshots
 	Images    Images
+	// Attestor runs commands for the record, and verifies records; nil: there
+	// are no records.
+	Attestor *attest.Attestor
 	// Workspaces is nil where the daemon ends with a command: there is nothing
 	// to come back to.
 	Workspaces Workspaces
@@ -52,6 +56,9 @@ type Config struct {
 	ForgeSnapshot string
 	// Auth says who may come in; nil asks nobody. Sandboxes should be Own's.
 	Auth *auth.Guard
+	// ShareSandboxes lets whoever has scope fork see and use what others of that
+	// scope have made.
+	ShareSandboxes bool
 	// Audit remembers acts, and refuses those that it cannot; nil: nobody does.
 	// AuditReads has it remember all other requests too.
 	Audit      *audit.Log
@@ -146,6 +153,9 @@ type server struct {
 	keys      *keys
 	followers chan struct{} // a token for each client that follows the events
 	streams   chan struct{} // a token for each stream that is open
+	runs      chan struct{} // a token for each run and verification
+	large     chan struct{} // a token for each large body
+	checks    chan struct{} // a token for a check of the records
 }
 
 // New returns the handler that serves cfg.
@@ -163,11 +173,14 @@ func New(cfg Config) http.Handler {
 	s.MaxBody = cmp.Or(s.MaxBody, defaultMaxBody)
 	s.BodyTime = cmp.Or(s.BodyTime, defaultBodyTime)
 	s.streams = make(chan struct{}, cmp.Or(s.MaxStreams, defaultMaxStreams))
+	s.runs, s.large, s.checks = make(chan struct{}, maxRuns), make(chan struct{}, maxLarge), make(chan struct{}, 1)
 	s.concealer = newConcealer(cfg.StateDir)
 	s.see()
 	s.remember()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", s.stream)
+	mux.HandleFunc(runPattern, s.createRun)
+	mux.HandleFunc(verifyPattern, s.verify)
 	forge.Mount(mux, forge.Config{
 		Sandboxes: s.Sandboxes, Snapshots: s.Snapshots, Snapshot: s.ForgeSnapshot,
 		MaxBody: s.MaxBody, MaxOutput: s.maxOutput, Fail: s.fail,

@@ -1,7 +1,6 @@
 package api
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -169,7 +168,7 @@ func (s *server) intended(next http.Handler, pattern string) http.Handler {
 			file = &hashed{ReadCloser: r.Body, sum: sha256.New()}
 			r.Body = file
 		} else {
-			body, err := io.ReadAll(r.Body)
+			body, err := wholeBody(r)
 			if err != nil {
 				s.fail(w, r, bodyError(err))
 				return
@@ -177,7 +176,6 @@ func (s *server) intended(next http.Handler, pattern string) http.Handler {
 			if len(body) > 0 {
 				digest = audit.Digest(body)
 			}
-			r.Body = io.NopCloser(bytes.NewReader(body))
 		}
 		if err := audit.Begin(r.Context(), actionOf(pattern), pattern, objectIn(pattern, r.URL.EscapedPath()), digest); err != nil {
 			s.fail(w, r, err)
@@ -224,7 +222,7 @@ func isAct(pattern string) bool {
 	switch pattern {
 	case "POST /v1/sandboxes/{id}/ping":
 		return false
-	case "GET /v1/sandboxes/{id}/files", "GET /v1/sandboxes/{id}/exec/stream", "GET /v1/sandbox/{id}/download":
+	case "GET /v1/sandboxes/{id}/files", "GET /v1/sandboxes/{id}/exec/stream", "GET /v1/sandbox/{id}/download", bundlePattern:
 		return true
 	}
 	return !strings.HasPrefix(pattern, "GET ") && !strings.HasPrefix(pattern, "HEAD ")
@@ -242,6 +240,12 @@ func actionOf(pattern string) string {
 		return "sandbox.file.write"
 	case "DELETE /v1/sandboxes/{id}/files":
 		return "sandbox.file.delete"
+	case runPattern:
+		return "run.create"
+	case verifyPattern:
+		return "record.verify"
+	case bundlePattern:
+		return "record.export"
 	}
 	method, route, _ := strings.Cut(pattern, " ")
 	var words []string
@@ -262,7 +266,7 @@ func singular(word string) string {
 		return "sandbox"
 	case "processes":
 		return "process"
-	case "snapshots", "images", "workspaces", "files", "tokens", "branches", "pools":
+	case "snapshots", "blocks", "audits", "images", "workspaces", "files", "tokens", "branches", "pools":
 		return strings.TrimSuffix(strings.TrimSuffix(word, "s"), "branche")
 	}
 	return word

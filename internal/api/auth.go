@@ -9,6 +9,7 @@ import (
 	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -87,6 +88,10 @@ func mayReplace(ctx context.Context, b wire.BranchRequest) error {
 func scopeOf(pattern string) auth.Scope {
 	method, route, _ := strings.Cut(pattern, " ")
 	switch {
+	case under(route, "/v1/runs"), under(route, "/v1/verify"), pattern == bundlePattern:
+		return auth.Fork
+	case under(route, "/v1/blocks") && strings.HasSuffix(route, "/run"): // and the trust level that the block asks for
+		return auth.Fork
 	case under(route, "/v1/sandbox"): // Forge's gateway: all of it is for guests
 		return auth.Fork
 	case under(route, "/v1/sandboxes"), under(route, "/v1/workspaces"):
@@ -94,7 +99,7 @@ func scopeOf(pattern string) auth.Scope {
 			return auth.Read
 		}
 		return auth.Fork
-	case method != http.MethodGet, under(route, "/v1/audit"):
+	case method != http.MethodGet, under(route, "/v1/audit"), under(route, "/v1/tokens"):
 		return auth.Admin
 	case under(route, "/v1/diff"):
 		return auth.Fork // it tells the names of files
@@ -114,22 +119,44 @@ func inGuest(route string) bool {
 }
 
 // Own returns boxes, where what is forked belongs to the token that asked for
-// it: it has the token's name as a label, and a place within its bound. It is
-// for all who fork on behalf of callers.
-func Own(boxes Sandboxes, guard *auth.Guard) Sandboxes {
+// it: it has the token's name as a label, and a place within its bound. What a
+// token of scope fork branches is for it alone to fork, unless they share. It
+// is for all who fork on behalf of callers.
+func Own(boxes Sandboxes, guard *auth.Guard, snaps Snapshots, share bool) Sandboxes {
 	if guard == nil {
 		return boxes
 	}
-	return &owned{boxes, guard}
+	return &owned{boxes, guard, snaps, share}
 }
 
 type owned struct {
 	Sandboxes
 	guard *auth.Guard
+	snaps Snapshots
+	share bool
+}
+
+// Branch takes a snapshot for whoever ctx says is asking.
+func (o *owned) Branch(ctx context.Context, id string, req sandbox.BranchRequest) (snapshot.Snapshot, error) {
+	if isBounded(ctx, o.share) {
+		req.Owner = auth.From(ctx).Name
+	}
+	return o.Sandboxes.Branch(ctx, id, req)
+}
+
+// Rollback rolls back to what whoever ctx says is asking may use.
+func (o *owned) Rollback(ctx context.Context, id, node string) (sandbox.Info, error) {
+	if err := mayUse(ctx, o.snaps, node, o.share); err != nil {
+		return sandbox.Info{}, err
+	}
+	return o.Sandboxes.Rollback(ctx, id, node)
 }
 
 // Fork forks for whoever ctx says is asking.
 func (o *owned) Fork(ctx context.Context, req sandbox.ForkRequest) ([]sandbox.ForkResult, error) {
+	if err := mayUse(ctx, o.snaps, req.Snapshot, o.share); err != nil {
+		return nil, err
+	}
 	id := auth.From(ctx)
 	if id.Ambient {
 		return o.Sandboxes.Fork(ctx, req)

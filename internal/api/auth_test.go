@@ -57,7 +57,7 @@ func newGuarded(t *testing.T, cfg auth.Config) guarded {
 	}
 	b := apitest.New(t)
 	face := b.Config()
-	face.Sandboxes, face.Auth = api.Own(face.Sandboxes, guard), guard
+	face.Sandboxes, face.Auth = api.Own(face.Sandboxes, guard, face.Snapshots, face.ShareSandboxes), guard
 	workspaces, err := workspace.Open(t.Context(), t.TempDir(), face.Sandboxes, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -179,7 +179,11 @@ func TestScopesOfRoutes(t *testing.T) {
 		"GET /v1/images": "read", "GET /v1/images/{name}": "read", "GET /v1/snapshots": "read", "GET /v1/snapshots/{tag}/info": "read",
 		"GET /v1/snapshots/{tag}/pool": "read", "GET /v1/tree": "read", "GET /v1/sandboxes": "read", "GET /v1/sandboxes/{id}": "read",
 		"GET /v1/workspaces": "read", "GET /v1/workspaces/{name}": "read", "GET /v1/events": "read",
-		"GET /v1/diff": "fork",
+		"GET /v1/diff":   "fork",
+		"GET /v1/blocks": "read", "GET /v1/blocks/{ref}": "read", "GET /v1/blocks/{ref}/trust": "read",
+		"POST /v1/blocks/run": "fork", "POST /v1/blocks/{ref}/run": "fork",
+		"POST /v1/runs": "fork", "POST /v1/verify": "fork", "GET /v1/records": "read", "GET /v1/records/{id}": "read",
+		"GET /v1/records/key": "read", "GET /v1/records/check": "read", "GET /v1/records/{id}/bundle": "fork",
 	}
 	scopes := []string{"read", "fork", "admin"}
 	for path, item := range doc.Paths.Map() {

@@ -2,13 +2,22 @@ package api
 
 import (
 	"context"
+	"fmt"
 
+	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/wire"
 )
 
-// GetHealth answers GET /healthz.
+// GetHealth answers GET /healthz. A daemon that can only be asked is up, and says
+// why it does no more.
 func (s *server) GetHealth(context.Context, wire.GetHealthRequestObject) (wire.GetHealthResponseObject, error) {
-	return wire.GetHealth200JSONResponse{OK: true}, nil
+	health := wire.GetHealth200JSONResponse{OK: true}
+	if s.Audit != nil {
+		if err := s.Audit.Trouble(); err != nil {
+			health.Degraded = err.Error()
+		}
+	}
+	return health, nil
 }
 
 // GetVersion answers GET /version.
@@ -23,4 +32,13 @@ func (s *server) GetDoctor(ctx context.Context, _ wire.GetDoctorRequestObject) (
 		report.Checks = append(report.Checks, s.Doctor(ctx)...)
 	}
 	return wire.GetDoctor200JSONResponse(report), nil
+}
+
+// RotateAudit answers POST /v1/audit/rotate.
+func (s *server) RotateAudit(ctx context.Context, _ wire.RotateAuditRequestObject) (wire.RotateAuditResponseObject, error) {
+	if s.Audit == nil {
+		return nil, fmt.Errorf("%w: this daemon has no audit log", errdef.ErrUnsupported)
+	}
+	sealed, err := s.Audit.Rotate(ctx)
+	return wire.RotateAudit200JSONResponse{File: sealed.File, First: int64(sealed.First), Last: int64(sealed.Last)}, err
 }

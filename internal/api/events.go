@@ -83,7 +83,7 @@ func noHead(next wire.StrictHandlerFunc, operation string) wire.StrictHandlerFun
 
 // FollowEvents answers GET /v1/events.
 func (s *server) FollowEvents(ctx context.Context, r wire.FollowEventsRequestObject) (wire.FollowEventsResponseObject, error) {
-	f := following{ctx: ctx, s: s, lines: wantsLines(ctx), seq: s.Events.Last()}
+	f := following{ctx: ctx, s: s, lines: wantsLines(ctx), seq: s.Events.Last(), seen: s.newSeen(ctx)}
 	id := r.Params.LastEventID
 	if id == "" {
 		id = r.Params.After
@@ -125,6 +125,7 @@ type following struct {
 	lines bool
 	seq   uint64 // of the last event that the client knows
 	gap   bool   // it has missed some already
+	seen  *seen
 }
 
 // VisitFollowEventsResponse writes events as they come.
@@ -180,11 +181,13 @@ func (f *following) write(out *eventWriter, events []sandbox.Event, gap bool) er
 		}
 	}
 	for _, e := range events {
+		if f.seq = e.Seq; !f.seen.tells(e) {
+			continue
+		}
 		event := eventOf(f.ctx, epoch, e)
 		if err := out.event(string(event.Type), event.ID, event); err != nil {
 			return err
 		}
-		f.seq = e.Seq
 	}
 	return nil
 }

@@ -4,3 +4,12 @@ import "github.com/tinevm/tine/internal/auth"
 
 // ScopeIncludes reports whether a scope is enough for a route.
 func ScopeIncludes(pattern string, scope auth.Scope) bool { return scope.Includes(scopeOf(pattern)) }
+
+// ActionOf is actionOf.
+var ActionOf = actionOf
+
+// ParseSeed is parseSeed.
+func ParseSeed(raw []byte) (uint64, error) { return parseSeed(raw) }
+
+// ParseAnchors is parseAnchors.
+func ParseAnchors(texts []string) (map[uint64]string, error) { return parseAnchors(texts) }

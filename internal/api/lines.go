@@ -14,7 +14,7 @@ import (
 
 const (
 	ndjson = "application/x-ndjson"
-	// lineTimeout is how long a client may take to accept a line.
+	// lineTimeout is how long a client may take to accept a line of progress.
 	lineTimeout = 10 * time.Second
 )
 
@@ -76,14 +76,23 @@ func (l lines) VisitFlattenSnapshotResponse(w http.ResponseWriter) error { retur
 // VisitPromoteSnapshotResponse makes lines an answer to promoteSnapshot.
 func (l lines) VisitPromoteSnapshotResponse(w http.ResponseWriter) error { return l.visit(w) }
 
+// VisitVerifySnapshotResponse makes lines an answer to verifySnapshot.
+func (l lines) VisitVerifySnapshotResponse(w http.ResponseWriter) error { return l.visit(w) }
+
 func (l lines) visit(w http.ResponseWriter) error {
-	out := &lineWriter{w: w, flush: http.NewResponseController(w)}
-	result, err := l.work(progress.With(l.ctx, out.report))
+	return writeLines(l.ctx, w, func(ctx context.Context, _ *lineWriter) (any, error) { return l.work(ctx) })
+}
+
+// writeLines is what lines do. Work may write lines of its own, and must not
+// when it has returned.
+func writeLines(ctx context.Context, w http.ResponseWriter, work func(context.Context, *lineWriter) (any, error)) error {
+	out := &lineWriter{w: w, flush: http.NewResponseController(w), patience: lineTimeout}
+	result, err := work(progress.With(ctx, out.report), out)
 	if err != nil && !out.begun() {
 		return err
 	}
 	if err != nil {
-		_, body := answerTo(l.ctx, err)
+		_, body := answerTo(ctx, err)
 		noteFailure(w, body.Code)
 		return out.write(wire.ProgressLine{Error: body.Error, Code: body.Code, Hint: body.Hint})
 	}
@@ -97,11 +106,13 @@ func (l lines) visit(w http.ResponseWriter) error {
 // lineWriter writes one JSON value a line, each flushed. It is safe for
 // concurrent use; after a write has failed it writes no more.
 type lineWriter struct {
-	mu    sync.Mutex
-	w     http.ResponseWriter
-	flush *http.ResponseController
-	any   bool
-	err   error
+	w        http.ResponseWriter
+	flush    *http.ResponseController
+	patience time.Duration // how long a client may take to accept a line
+
+	mu  sync.Mutex
+	any bool
+	err error
 }
 
 func (l *lineWriter) begun() bool {
@@ -127,7 +138,7 @@ func (l *lineWriter) write(line wire.ProgressLine) error {
 		l.w.Header().Set("Content-Type", ndjson)
 	}
 	// A writer without deadlines is a test's: it does not stall.
-	_ = l.flush.SetWriteDeadline(time.Now().Add(lineTimeout))
+	_ = l.flush.SetWriteDeadline(time.Now().Add(l.patience))
 	defer func() { _ = l.flush.SetWriteDeadline(time.Time{}) }()
 	if l.err = json.NewEncoder(l.w).Encode(line); l.err == nil {
 		l.err = l.flush.Flush()

@@ -127,6 +127,10 @@ func (s *server) route(mux *http.ServeMux) http.Handler {
 				s.fail(w, r, err)
 				return
 			}
+			if err := s.own(r, pattern); err != nil {
+				s.fail(w, r, err)
+				return
+			}
 			noteRoute(w, pattern)
 			s.checkBody(s.once(s.intended(mux, pattern), pattern), pattern).ServeHTTP(w, r)
 			return
@@ -165,6 +169,12 @@ func (s *server) checkBody(next http.Handler, pattern string) http.Handler {
 		if pattern == forge.UploadPattern {
 			r.Body = http.MaxBytesReader(w, s.patient(w, r.Body), forge.MaxUpload)
 			next.ServeHTTP(w, r)
+			return
+		}
+		if limit := largeLimit(pattern); limit > 0 {
+			if err := s.serveLarge(next, w, r, limit); err != nil {
+				s.fail(w, r, err)
+			}
 			return
 		}
 		body, err := s.readBody(w, r)

@@ -124,6 +124,9 @@ func (p page[T]) VisitListImagesResponse(w http.ResponseWriter) error { return p
 // VisitListWorkspacesResponse makes page an answer to listWorkspaces.
 func (p page[T]) VisitListWorkspacesResponse(w http.ResponseWriter) error { return p.visit(w) }
 
+// VisitListBlocksResponse makes page an answer to listBlocks.
+func (p page[T]) VisitListBlocksResponse(w http.ResponseWriter) error { return p.visit(w) }
+
 func (p page[T]) visit(w http.ResponseWriter) error {
 	body, err := json.Marshal(list(p.items))
 	if err != nil {

@@ -23,9 +23,9 @@ const (
 )
 
 // ListSandboxes answers GET /v1/sandboxes.
-func (s *server) ListSandboxes(_ context.Context, r wire.ListSandboxesRequestObject) (wire.ListSandboxesResponseObject, error) {
+func (s *server) ListSandboxes(ctx context.Context, r wire.ListSandboxesRequestObject) (wire.ListSandboxesResponseObject, error) {
 	by := sandboxOrder()
-	boxes, next, err := by.cut(s.Sandboxes.List(), r.Params.Limit, r.Params.After)
+	boxes, next, err := by.cut(s.boxes(ctx), r.Params.Limit, r.Params.After)
 	if err != nil {
 		return nil, err
 	}

@@ -127,7 +127,10 @@ func TestSlowFollower(t *testing.T) {
 	w := &stalled{ResponseRecorder: httptest.NewRecorder(), began: make(chan struct{}), gate: make(chan struct{})}
 	over := make(chan error, 1)
 	events.Add(sandbox.Resumed, "sb-1", sandbox.EventData{})
-	go func() { over <- following{ctx: t.Context(), s: s, lines: true}.VisitFollowEventsResponse(w) }()
+	watch := &seen{s: s, ctx: t.Context()}
+	go func() {
+		over <- following{ctx: t.Context(), s: s, lines: true, seen: watch}.VisitFollowEventsResponse(w)
+	}()
 	<-w.began
 	for range 100 {
 		events.Add(sandbox.Resumed, "sb-1", sandbox.EventData{})

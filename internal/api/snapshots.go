@@ -23,16 +23,17 @@ import (
 const maxPool = 1000
 
 // ListSnapshots answers GET /v1/snapshots.
-func (s *server) ListSnapshots(_ context.Context, r wire.ListSnapshotsRequestObject) (wire.ListSnapshotsResponseObject, error) {
+func (s *server) ListSnapshots(ctx context.Context, r wire.ListSnapshotsRequestObject) (wire.ListSnapshotsResponseObject, error) {
 	snaps, err := s.snapshots()
 	if err != nil {
 		return nil, err
 	}
+	snaps = s.visible(ctx, snaps)
 	images, err := s.imageNames()
 	if err != nil {
 		return nil, err
 	}
-	known := names{images: images, tags: tagsOf(snaps)}
+	known := newNames(images, snaps)
 	by := snapshotOrder()
 	snaps, next, err := by.cut(snaps, r.Params.Limit, r.Params.After)
 	if err != nil {
@@ -70,7 +71,7 @@ func (s *server) snapshots() ([]snapshot.Snapshot, error) {
 func branchOf(b sandbox.BranchState) snapshot.Snapshot {
 	snap := snapshot.Snapshot{
 		Tag: b.Tag, Status: snapshot.StatusWriting,
-		Facts: snapshot.Facts{CreatedAt: b.At, BranchedFrom: b.Sandbox, PauseMS: b.PauseMS},
+		Facts: snapshot.Facts{CreatedAt: b.At, BranchedFrom: b.Sandbox, Owner: b.Owner, PauseMS: b.PauseMS},
 	}
 	if b.Err != nil {
 		snap.Status, snap.Problem = snapshot.StatusFailed, b.Err.Error()
@@ -100,7 +101,7 @@ func (s *server) notReady(tag string, err error) error {
 
 // CreateSnapshot answers POST /v1/snapshots.
 func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotRequestObject) (wire.CreateSnapshotResponseObject, error) {
-	if err := checkCreateSnapshot(*r.Body); err != nil {
+	if err := s.checkCreateSnapshot(*r.Body); err != nil {
 		return nil, err
 	}
 	req := sandbox.SnapshotRequest{
@@ -108,13 +109,24 @@ func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotReques
 		Machine: vmm.Machine{MemoryMiB: r.Body.MemoryMiB, VCPUs: r.Body.VCPUs, DiskMiB: r.Body.DiskMiB},
 	}
 	create := func(ctx context.Context) (wire.Snapshot, error) {
-		snap, err := s.Sandboxes.CreateSnapshot(ctx, req)
+		if err := s.ofRootfs(ctx, *r.Body, &req); err != nil {
+			return wire.Snapshot{}, err
+		}
+		create := s.Sandboxes.CreateSnapshot
+		if r.Body.Deterministic {
+			create = func(ctx context.Context, req sandbox.SnapshotRequest) (snapshot.Snapshot, error) {
+				return s.buildDeterministic(ctx, *r.Body, req)
+			}
+		}
+		snap, err := create(ctx, req)
 		if errors.Is(err, errdef.ErrExists) {
 			return wire.Snapshot{}, withStatus(err, http.StatusBadRequest) // what forkd's clients expect
 		} else if err != nil {
 			return wire.Snapshot{}, err
 		}
-		return s.describe(snap)
+		out, err := s.describe(snap)
+		out.Warning = notServed(*r.Body, out.Warning)
+		return out, err
 	}
 	if wantsLines(ctx) {
 		return lines{ctx, func(ctx context.Context) (any, error) { return create(ctx) }}, nil
@@ -123,20 +135,25 @@ func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotReques
 	return wire.CreateSnapshot201JSONResponse(snap), err
 }
 
-func checkCreateSnapshot(b wire.CreateSnapshotRequest) error {
+func (s *server) checkCreateSnapshot(b wire.CreateSnapshotRequest) error {
 	if err := snapshot.CheckTag(b.Tag); err != nil {
 		return err
 	}
+	if err := checkRootfs(b); err != nil {
+		return err
+	}
 	switch {
-	case b.Kernel != "" || b.Rootfs != "":
-		return errdef.WithHint(fmt.Errorf("%w: kernel and rootfs are not served yet", errdef.ErrInvalid),
-			"build an image with POST /v1/images and name it in `image`")
-	case b.Image == "":
+	case b.BootWaitSecs < 0 || b.BootWaitSecs > maxBootWait:
+		return fmt.Errorf("%w: boot_wait_secs must be ≤ %d", errdef.ErrInvalid, maxBootWait)
+	case b.Image == "" && b.Rootfs == "":
 		return fmt.Errorf("%w: image is missing", errdef.ErrInvalid)
 	case b.MemoryMiB < 0 || b.VCPUs < 0 || b.DiskMiB < 0:
 		return fmt.Errorf("%w: memory_mib, vcpus and disk_mib must not be negative", errdef.ErrInvalid)
 	}
-	return nil
+	if err := s.checkDeterministic(b); err != nil {
+		return err
+	}
+	return s.checkFree(b)
 }
 
 // DeleteSnapshot answers DELETE /v1/snapshots/{tag}.
@@ -206,7 +223,7 @@ func (s *server) hasOtherTag(snap snapshot.Snapshot) (bool, error) {
 }
 
 // GetSnapshotInfo answers GET /v1/snapshots/{tag}/info.
-func (s *server) GetSnapshotInfo(_ context.Context, r wire.GetSnapshotInfoRequestObject) (wire.GetSnapshotInfoResponseObject, error) {
+func (s *server) GetSnapshotInfo(ctx context.Context, r wire.GetSnapshotInfoRequestObject) (wire.GetSnapshotInfoResponseObject, error) {
 	snap, err := s.Snapshots.Resolve(r.Tag)
 	if errors.Is(err, errdef.ErrNotFound) {
 		err = s.notReady(r.Tag, err)
@@ -228,7 +245,8 @@ func (s *server) GetSnapshotInfo(_ context.Context, r wire.GetSnapshotInfoReques
 		Image: snapOut.Image, ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion,
 		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
 		BootMS: snap.BootMS, SnapshotMS: snap.SnapshotMS, Warning: snapOut.Warning,
-		Sandboxes: s.sandboxesOf(snap), Pool: *snapOut.Pool,
+		Sandboxes: s.sandboxesOf(ctx, snap), Pool: *snapOut.Pool,
+		Deterministic: snapOut.Deterministic, ClockShift: snapOut.ClockShift, TwinOf: snapOut.TwinOf,
 	}
 	if err = s.relate(&d, snap, known.tags); err != nil {
 		return nil, err
@@ -259,9 +277,9 @@ func (s *server) relate(d *wire.SnapshotDetail, snap snapshot.Snapshot, tags map
 	return nil
 }
 
-func (s *server) sandboxesOf(snap snapshot.Snapshot) []string {
+func (s *server) sandboxesOf(ctx context.Context, snap snapshot.Snapshot) []string {
 	ids := []string{}
-	for _, b := range s.Sandboxes.List() {
+	for _, b := range s.boxes(ctx) {
 		if b.SnapshotDigest == snap.Digest {
 			ids = append(ids, b.ID)
 		}
@@ -337,7 +355,15 @@ func (s *server) imageNames() (map[string]string, error) {
 }
 
 // names are what a person calls images and snapshots, by their digests.
-type names struct{ images, tags map[string]string }
+type names struct {
+	images, tags map[string]string
+	twins        map[string]string // the tags of snapshots, by those of their twins
+}
+
+func newNames(images map[string]string, snaps []snapshot.Snapshot) names {
+	tags := tagsOf(snaps)
+	return names{images: images, tags: tags, twins: twinsOf(tags)}
+}
 
 func (s *server) names() (names, error) {
 	images, err := s.imageNames()
@@ -345,7 +371,7 @@ func (s *server) names() (names, error) {
 		return names{}, err
 	}
 	snaps, err := s.Snapshots.List()
-	return names{images: images, tags: tagsOf(snaps)}, err
+	return newNames(images, snaps), err
 }
 
 // tagsOf are the tags of snapshots by their digests. Of several the first
@@ -370,7 +396,8 @@ func (s *server) snapshotOf(snap snapshot.Snapshot, known names) wire.Snapshot {
 	m, pool := snap.Manifest, s.poolOf(snap.Tag)
 	out := wire.Snapshot{
 		Tag: snap.Tag, Dir: snap.Dir(), CreatedAtUnix: max(snap.CreatedAt.Unix(), 0), CreatedAt: rfc3339(snap.CreatedAt), BranchedFrom: snap.BranchedFrom,
-		Status: wire.SnapshotStatus(snap.Status), Bootable: snap.Status == snapshot.StatusReady,
+		Status: wire.SnapshotStatus(snap.Status), Bootable: snap.Status == snapshot.StatusReady && !m.Machine.Deterministic,
+		Deterministic: m.Machine.Deterministic, ClockShift: m.Machine.ClockShift, TwinOf: known.twinOf(snap),
 		Digest: snap.Digest, Image: known.images[m.Image], ImageDigest: m.Image, Engine: m.Engine,
 		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,
 		PauseMS: cmp.Or(int64(math.Ceil(snap.PauseMS)), snap.SnapshotMS), Mode: snap.Mode, Auto: snap.Auto,
@@ -380,7 +407,7 @@ func (s *server) snapshotOf(snap snapshot.Snapshot, known names) wire.Snapshot {
 	if snap.Problem != "" {
 		out.Warning = "snapshot is not bootable: " + snap.Problem
 	}
-	if !out.Bootable { // it has no file of which anything is known
+	if snap.Status != snapshot.StatusReady { // it has no file of which anything is known
 		return out
 	}
 	if physical, err := allocated(ownMemory(snap)); err == nil { // else it is being removed

@@ -13,12 +13,15 @@ import (
 )
 
 // GetTree answers GET /v1/tree.
-func (s *server) GetTree(context.Context, wire.GetTreeRequestObject) (wire.GetTreeResponseObject, error) {
+func (s *server) GetTree(ctx context.Context, _ wire.GetTreeRequestObject) (wire.GetTreeResponseObject, error) {
 	snaps, err := s.Snapshots.List()
 	if err != nil {
 		return nil, err
 	}
-	t := tree{store: s.Snapshots, nodes: map[string]*wire.Node{}, made: map[string]time.Time{}}
+	snaps = s.visible(ctx, snaps)
+	t := tree{
+		store: s.Snapshots, nodes: map[string]*wire.Node{}, made: map[string]time.Time{}, known: newNames(nil, snaps),
+	}
 	for _, snap := range snaps {
 		if snap.Status == snapshot.StatusReady {
 			t.add(snap)
@@ -29,7 +32,7 @@ func (s *server) GetTree(context.Context, wire.GetTreeRequestObject) (wire.GetTr
 			t.link(snap)
 		}
 	}
-	for _, box := range s.Sandboxes.List() {
+	for _, box := range s.boxes(ctx) {
 		head := cmp.Or(box.Head, box.SnapshotDigest)
 		if t.has(head) {
 			t.nodes[head].Sandboxes = append(t.nodes[head].Sandboxes, box.ID)
@@ -44,6 +47,7 @@ type tree struct {
 	store Snapshots
 	nodes map[string]*wire.Node
 	made  map[string]time.Time
+	known names
 }
 
 // add makes a node of a snapshot, or gives a node another tag.
@@ -53,7 +57,7 @@ func (t *tree) add(snap snapshot.Snapshot) {
 		n = &wire.Node{
 			Digest: snap.Digest, Tag: snap.Tag, Tags: []string{}, CreatedAtUnix: max(snap.CreatedAt.Unix(), 0),
 			BranchedFrom: snap.BranchedFrom, Mode: snap.Mode, Warning: snap.Warning, Auto: snap.Auto, Sandboxes: []string{},
-			ChainDepth: snap.Depth,
+			ChainDepth: snap.Depth, Deterministic: snap.Manifest.Machine.Deterministic, TwinOf: t.known.twinOf(snap),
 		}
 		if use, err := snap.DiskUse(); err == nil { // else it is being removed
 			n.DiskBytes = use
@@ -112,6 +116,9 @@ func (t *tree) sorted() []wire.Node {
 func (s *server) GetDiff(ctx context.Context, r wire.GetDiffRequestObject) (wire.GetDiffResponseObject, error) {
 	if r.Params.A == "" || r.Params.B == "" {
 		return nil, fmt.Errorf("%w: a and b must name two nodes", errdef.ErrInvalid)
+	}
+	if err := s.ownNodes(ctx, r.Params.A, r.Params.B); err != nil {
+		return nil, err
 	}
 	d, err := s.Sandboxes.Diff(ctx, r.Params.A, r.Params.B)
 	if err != nil {

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/wire"
@@ -21,7 +22,7 @@ func (s *server) workspaces() (Workspaces, error) {
 }
 
 // ListWorkspaces answers GET /v1/workspaces.
-func (s *server) ListWorkspaces(_ context.Context, r wire.ListWorkspacesRequestObject) (wire.ListWorkspacesResponseObject, error) {
+func (s *server) ListWorkspaces(ctx context.Context, r wire.ListWorkspacesRequestObject) (wire.ListWorkspacesResponseObject, error) {
 	store, err := s.workspaces()
 	if err != nil {
 		return nil, err
@@ -30,6 +31,7 @@ func (s *server) ListWorkspaces(_ context.Context, r wire.ListWorkspacesRequestO
 	if err != nil {
 		return nil, err
 	}
+	all = slices.DeleteFunc(all, func(w workspace.Workspace) bool { return !s.sees(ctx, w.Sandbox) })
 	by := workspaceOrder()
 	all, next, err := by.cut(all, r.Params.Limit, r.Params.After)
 	if err != nil {

@@ -87,7 +87,8 @@ func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
 		KeepBranches: o.KeepBranches, ForgeSnapshot: o.ForgeSnapshot, Logger: logger(o.Log, o.Verbose, o.LogFormat),
 		Audit: daemon.AuditConfig{Off: o.Audit.Dir == "none", Dir: o.Audit.Dir, Sync: audit.Sync(o.Audit.Sync), Reads: o.Audit.Reads},
 		Auth:  authConfig(o.Auth), TLS: auth.TLSFiles{Cert: o.Auth.TLSCert, Key: o.Auth.TLSKey, ClientCA: o.Auth.ClientCA},
-		DrainTime: o.DrainTime, OnStop: daemon.OnStop(o.OnStop),
+		ShareSandboxes: o.Auth.Share,
+		DrainTime:      o.DrainTime, OnStop: daemon.OnStop(o.OnStop),
 		HTTP: daemon.HTTPLimits{
 			Body: o.MaxBody, HeaderTime: o.HeaderTime, BodyTime: o.BodyTime, IdleTime: o.IdleTime, Streams: o.MaxStreams,
 		},
@@ -158,7 +159,7 @@ func (p Parts) bench(ctx context.Context, o cli.BenchOptions) error {
 		}
 		return bench.Run(ctx, d, bench.Options{
 			Snapshot: o.Snapshot, Forks: o.Forks, Rounds: o.Rounds, Floor: o.Floor, Out: o.Out, JSON: o.JSON,
-			Branch: o.Branch, Memory: o.Memory,
+			Branch: o.Branch, Memory: o.Memory, Deterministic: o.Deterministic,
 		})
 	})
 }

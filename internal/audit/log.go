@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -87,11 +88,13 @@ func (c Config) Validate() error {
 // Log is an audit log that is written to. It is safe for concurrent use.
 type Log struct {
 	entries chan *entry
+	rotates chan *rotation
 	stop    func()
 	stopped chan struct{} // Close was called
 	done    chan struct{} // the writer has ended, with err
 	err     error
 	lock    *os.File
+	trouble atomic.Pointer[error]
 }
 
 // entry is a line on its way to the disk.
@@ -102,10 +105,23 @@ type entry struct {
 	done chan error
 }
 
+// Sealed is a file that nothing is added to any more.
+type Sealed struct {
+	File        string // its name
+	First, Last uint64 // its lines
+}
+
+// rotation is a wish to begin a new file.
+type rotation struct {
+	sealed Sealed
+	done   chan error
+}
+
 // Open opens the log in cfg.Dir, or begins one. What a killed process has left
 // is put in order first: half a line goes to a file of its own, and intents
 // without an outcome get one, Unknown. It returns errdef.ErrConflict when
-// somebody else writes to the log.
+// somebody else writes to the log. On a full disk the log opens all the same: it
+// is put in order, and takes lines, once there is room.
 func Open(cfg Config) (_ *Log, err error) {
 	if err = cfg.Validate(); err != nil {
 		return nil, err
@@ -136,11 +152,15 @@ func Open(cfg Config) (_ *Log, err error) {
 	}
 	u.Add(lock.Close)
 	w, err := recoverWriter(cfg)
+	if isFull(err) {
+		w, err = laterWriter(cfg, err), nil
+	}
 	if err != nil {
 		return nil, err
 	}
-	l := &Log{entries: make(chan *entry), stopped: make(chan struct{}), done: make(chan struct{}), lock: lock}
+	l := &Log{entries: make(chan *entry), rotates: make(chan *rotation), stopped: make(chan struct{}), done: make(chan struct{}), lock: lock}
 	l.stop = sync.OnceFunc(func() { close(l.stopped) })
+	l.note(w)
 	go func() {
 		defer close(l.done)
 		l.err = l.run(w)
@@ -172,6 +192,20 @@ func (l *Log) Event(ctx context.Context, action, object, why string) error {
 	return l.Keep(ctx, Record{Phase: Event, Actor: Daemon, Action: action, Object: object, Note: why})
 }
 
+// Rotate seals the active file, whatever its size, and goes on in the next.
+func (l *Log) Rotate(ctx context.Context) (Sealed, error) {
+	r := &rotation{done: make(chan error, 1)}
+	select {
+	case l.rotates <- r:
+		err := <-r.done
+		return r.sealed, err
+	case <-l.done:
+		return Sealed{}, fmt.Errorf("%w: the audit log is closed", errdef.ErrUnavailable)
+	case <-ctx.Done():
+		return Sealed{}, context.Cause(ctx)
+	}
+}
+
 func (l *Log) send(ctx context.Context, e *entry) error {
 	select {
 	case l.entries <- e:
@@ -190,14 +224,37 @@ func (l *Log) Close() error {
 	return errors.Join(l.err, l.lock.Close())
 }
 
+// Trouble is why no line can be written now, and so no act can be done; nil when
+// they can.
+func (l *Log) Trouble() error {
+	if err := l.trouble.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// note has Trouble tell what w meets.
+func (l *Log) note(w *writer) {
+	switch told := l.trouble.Load() != nil; {
+	case w.broken != nil && !told:
+		err := refusal(w.broken)
+		l.trouble.Store(&err)
+	case w.broken == nil && told:
+		l.trouble.Store(nil)
+	}
+}
+
 // run is the goroutine that owns the files.
 func (l *Log) run(w *writer) error {
 	tick := time.NewTicker(tickTime)
 	defer tick.Stop()
 	for {
+		l.note(w)
 		select {
 		case e := <-l.entries:
 			w.commit(l.gather(e))
+		case r := <-l.rotates:
+			r.done <- w.rotateNow(&r.sealed)
 		case <-tick.C:
 			w.tick()
 		case <-l.stopped:
@@ -226,6 +283,11 @@ type file interface {
 	Sync() error
 	Truncate(size int64) error
 	Close() error
+}
+
+// isFull reports whether err says that a disk has no room, which may change.
+func isFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
 // refusal is what a caller is told whose line the disk does not take: why, but

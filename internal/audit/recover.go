@@ -248,7 +248,10 @@ func setAside(dir string, seq uint64, r io.Reader) (string, error) {
 			return "", err
 		}
 		_, err = io.Copy(f, r)
-		return name, errors.Join(err, f.Sync(), f.Close())
+		if err = errors.Join(err, f.Sync(), f.Close()); err != nil { // it is tried again: half of it is of no use
+			err = errors.Join(err, os.Remove(f.Name()))
+		}
+		return name, err
 	}
 }
 

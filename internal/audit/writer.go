@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/tinevm/tine/internal/durable"
+	"github.com/tinevm/tine/internal/errdef"
 )
 
 // link is where the chain ends: its last line.
@@ -23,7 +24,8 @@ type link struct {
 
 // writer owns the active file. It belongs to one goroutine.
 type writer struct {
-	cfg  Config
+	cfg Config
+	// f is nil until the log could be put in order.
 	f    file
 	size int64
 	// first is the first line of the active file; 0 when it has none.
@@ -41,6 +43,33 @@ type writer struct {
 	// counts the lines that it did not take meanwhile.
 	broken  error
 	refused int
+	// tried is when the log was last put in order, in vain.
+	tried time.Time
+}
+
+// retryTime is how often it is tried: that reads a file.
+const retryTime = time.Second
+
+// laterWriter is the writer of a log that cannot be put in order yet.
+func laterWriter(cfg Config, why error) *writer {
+	cfg.Logger.Error("audit log cannot be opened: acts are refused", slog.Any("error", why))
+	return &writer{cfg: cfg, broken: why, tried: cfg.now()}
+}
+
+// reopen puts the log in order, at last.
+func (w *writer) reopen() error {
+	if since := w.cfg.now().Sub(w.tried); since >= 0 && since < retryTime {
+		return w.broken
+	}
+	w.tried = w.cfg.now()
+	opened, err := recoverWriter(w.cfg)
+	if err != nil {
+		w.broken = err
+		return err
+	}
+	opened.backlog, opened.lost, opened.refused = w.backlog, w.lost, w.refused
+	*w = *opened
+	return nil
 }
 
 // commit writes a batch, and tells each how it went.
@@ -105,7 +134,7 @@ func (w *writer) append(recs []Record) error {
 		return err // a line that cannot be: the file is as it was
 	}
 	if _, err = w.f.Write(data); err == nil && w.cfg.Sync == SyncAlways {
-		err = w.syncTo(end)
+		err = w.f.Sync() // the head follows with the next tick, as it does under SyncInterval
 	}
 	if err != nil {
 		w.breakOff(err)
@@ -181,6 +210,13 @@ func (w *writer) breakOff(err error) {
 
 // repair makes the file end with the last line that counts.
 func (w *writer) repair() error {
+	if w.f == nil {
+		if err := w.reopen(); err != nil {
+			return err
+		}
+		w.cfg.Logger.Info("audit log can be written", slog.Int("refused", w.refused))
+		return nil
+	}
 	if err := w.f.Truncate(w.size); err != nil {
 		return fmt.Errorf("take back half a line: %w", err)
 	}
@@ -212,6 +248,9 @@ func (w *writer) close() error {
 	if w.broken != nil {
 		err = fmt.Errorf("%d audit lines are lost: %w", len(w.backlog)+w.lost, w.broken)
 	}
+	if w.f == nil {
+		return err
+	}
 	return errors.Join(err, w.f.Close())
 }
 
@@ -228,6 +267,23 @@ func (w *writer) rotateIfLarge() {
 		// It is tried again when as much has been written once more.
 		w.cfg.MaxSize += w.size
 	}
+}
+
+// rotateNow begins the next file because somebody wants it.
+func (w *writer) rotateNow(sealed *Sealed) error {
+	if err := w.write(nil); err != nil { // it is broken, and stays so
+		return refusal(err)
+	}
+	if w.first == 0 {
+		return fmt.Errorf("%w: the active file has no line yet", errdef.ErrConflict)
+	}
+	first, last := w.first, w.link.seq
+	if err := w.rotate(); err != nil {
+		w.cfg.Logger.Error("audit log cannot be rotated", slog.Any("error", err))
+		return refusal(err)
+	}
+	*sealed = Sealed{File: sealedName(first, last), First: first, Last: last}
+	return nil
 }
 
 // rotate seals the active file and begins the next, whose first line carries

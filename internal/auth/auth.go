@@ -107,6 +107,9 @@ type Config struct {
 	TokenFile string
 	// Store is the path of the named tokens, which need not exist; "" for none.
 	Store string
+	// Signed is the path of what keeps signed requests from coming in again after
+	// a restart, which need not exist; "" keeps nothing.
+	Signed string
 	// Certificates says that listeners verify client certificates, and
 	// CertificateScope is what who has one may do; "" means Admin.
 	Certificates     bool
@@ -139,8 +142,9 @@ type Guard struct {
 	tokens    []token // those below; replaced, never changed
 	fileToken []token
 	named     []token
-	required  bool           // stays once it is set
-	pending   map[string]int // sandboxes that are being made, by identity
+	known     map[string]Known // replaced, never changed; nil until all could be read
+	required  bool             // stays once it is set
+	pending   map[string]int   // sandboxes that are being made, by identity
 }
 
 // token is one that is accepted.
@@ -181,7 +185,11 @@ func Open(cfg Config) (*Guard, error) {
 	if g.cfg.Window == 0 {
 		g.cfg.Window = DefaultWindow
 	}
-	g.nonces = newNonceCache(g.cfg.Window, g.now())
+	kept, err := openLasts(g.cfg.Signed)
+	if err != nil {
+		g.log.Error("signed requests are refused for half a minute: which came in before is not known", slog.Any("error", err))
+	}
+	g.nonces = newNonceCache(g.cfg.Window, g.now(), kept, err != nil)
 	g.rates = newLimiter(cfg.Rate, cfg.Burst)
 	if err := g.reload(true); err != nil {
 		return nil, err
@@ -262,10 +270,12 @@ func (g *Guard) readTokenFile() error {
 // readStore is called with mu held.
 func (g *Guard) readStore() error {
 	if g.store.path == "" {
+		g.noteKnown(nil, nil)
 		return nil
 	}
 	g.store.note()
 	records, err := List(g.store.path)
+	g.noteKnown(records, err)
 	if err != nil {
 		return err
 	}

@@ -144,7 +144,7 @@ func (g *Guard) spend(r *http.Request, id Identity) error {
 	if err != nil {
 		return err
 	}
-	return g.nonces.spend(id.Name+" "+s.nonce, s.at, g.now())
+	return g.nonces.spend(id.Name, s.nonce, s.at, g.now())
 }
 
 // verifiedBody is a body that ends with an error if it is not what was signed.
@@ -175,27 +175,37 @@ type nonceCache struct {
 	// floor is the earliest moment of signing that is accepted. It only grows:
 	// what was forgotten stays refused when the clock is set back.
 	floor time.Time
+	// floors are the same, by token, for what daemons before this one let in.
+	floors map[string]time.Time
+	lasts  *lasts
 	// seen has the moment of signing of each.
 	seen  map[string]time.Time
 	swept time.Time
 }
 
-func newNonceCache(window time.Duration, start time.Time) *nonceCache {
-	// Signed before this daemon started: the one before may have let it in.
-	return &nonceCache{window: window, max: maxNonces, floor: start.Truncate(time.Second), seen: map[string]time.Time{}}
+// newNonceCache begins with what the daemons before have kept in lasts, which
+// is damaged if they cannot tell.
+func newNonceCache(window time.Duration, start time.Time, lasts *lasts, damaged bool) *nonceCache {
+	c := &nonceCache{window: window, max: maxNonces, floor: start.Truncate(time.Second), lasts: lasts, seen: map[string]time.Time{}}
+	c.floors = lasts.floors()
+	if damaged { // then all that can have come in is refused
+		c.floor = c.floor.Add(maxAhead + time.Second)
+	}
+	return c
 }
 
 // spend notes that the request came in, or says why it may not.
-func (c *nonceCache) spend(key string, at, now time.Time) error {
+func (c *nonceCache) spend(token, nonce string, at, now time.Time) error {
+	key := token + " " + nonce
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if oldest := now.Add(-c.window); oldest.After(c.floor) {
 		c.floor = oldest
 	}
 	switch _, again := c.seen[key]; {
-	case at.Before(c.floor):
+	case at.Before(c.floor), at.Before(c.floors[token]):
 		return unauthenticated("invalid signature: the request was signed too long ago",
-			"sign each request anew, also after the daemon has started again; see that both clocks are right")
+			"sign each request anew, also after the daemon has started again; see that both clocks are right, and were not set back")
 	case at.After(now.Add(min(maxAhead, c.window))):
 		return unauthenticated("invalid signature: the request was signed in the future", "see that both clocks are right")
 	case again:
@@ -207,6 +217,9 @@ func (c *nonceCache) spend(key string, at, now time.Time) error {
 	if len(c.seen) >= c.max {
 		return errdef.WithHint(fmt.Errorf("%w: too many signed requests at once to tell them from replays", errdef.ErrUnavailable),
 			"wait, or have the daemon's --sign-window made shorter")
+	}
+	if err := c.lasts.note(token, at); err != nil {
+		return err
 	}
 	c.seen[key] = at
 	return nil

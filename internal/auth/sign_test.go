@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -231,30 +232,106 @@ func TestReplay(t *testing.T) {
 	}
 }
 
-// TestReplayLaw: no clock, and no order, lets the same request in twice.
+// TestReplayLaw: no clock, no order and no restart lets the same request in
+// twice.
 func TestReplayLaw(t *testing.T) {
 	t.Parallel()
+	dir := t.TempDir()
+	runs := 0
 	rapid.Check(t, func(t *rapid.T) {
 		now := time.Unix(1795300000, 0)
-		c := newNonceCache(time.Minute, now)
-		c.max = rapid.IntRange(1, 8).Draw(t, "max")
+		runs++
+		path := filepath.Join(dir, strconv.Itoa(runs))
+		start := func() *nonceCache {
+			kept, err := openLasts(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return newNonceCache(time.Minute, now, kept, false)
+		}
+		c := start()
+		most := rapid.IntRange(1, 8).Draw(t, "max")
 		in := map[string]bool{}
-		for range rapid.IntRange(1, 60).Draw(t, "requests") {
+		for range rapid.IntRange(1, 40).Draw(t, "requests") {
 			now = now.Add(time.Duration(rapid.IntRange(-200, 200).Draw(t, "step")) * time.Second)
+			if rapid.IntRange(0, 4).Draw(t, "restart") == 0 {
+				c = start()
+			}
+			c.max = most
 			at := time.Unix(1795300000+int64(rapid.IntRange(-100, 400).Draw(t, "at")), 0)
+			token := rapid.SampledFrom([]string{"a", "b"}).Draw(t, "token")
 			key := fmt.Sprint(rapid.IntRange(0, 9).Draw(t, "nonce"), at.Unix())
-			if c.spend(key, at, now) != nil {
+			if c.spend(token, key, at, now) != nil {
 				continue
 			}
-			if in[key] {
+			if in[token+key] {
 				t.Fatalf("%s came in twice", key)
 			}
-			in[key] = true
+			in[token+key] = true
 			if len(c.seen) > c.max {
 				t.Fatalf("%d of %d", len(c.seen), c.max)
 			}
 		}
 	})
+}
+
+// TestReplayOverRestart: what came in does not come in again, whenever the
+// daemon starts again, and whatever its clock says then.
+func TestReplayOverRestart(t *testing.T) {
+	t.Parallel()
+	c := newClock()
+	g, secret := signer(t, c, time.Minute)
+	cfg := g.cfg
+	cfg.Signed = SignedPath(t.TempDir())
+	open := func() {
+		t.Helper()
+		var err error
+		if g, err = Open(cfg); err != nil {
+			t.Fatal(err)
+		}
+	}
+	admit := func(nonce string, at time.Time) error {
+		_, err := g.Admit(signedRequest(secret, "deploy", nonce, at, ""))
+		return err
+	}
+	open()
+	first, ahead := c.Now(), c.Now().Add(maxAhead)
+	for nonce, at := range map[string]time.Time{"now-------------": first, "ahead-----------": ahead} {
+		if err := admit(nonce, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range []time.Duration{0, time.Second, -time.Hour, time.Hour + maxAhead - time.Second} {
+		c.add(step)
+		open()
+		for nonce, at := range map[string]time.Time{"now-------------": first, "ahead-----------": ahead, "another---------": ahead} {
+			if _, ok := errors.AsType[*Unauthenticated](admit(nonce, at)); !ok {
+				t.Errorf("at %v: %s was let in", c.Now(), nonce)
+			}
+		}
+	}
+	if err := admit("later-----------", ahead.Add(time.Second)); err != nil {
+		t.Errorf("what was signed later: %v", err)
+	}
+	// A file that cannot be read has all refused that can have come in.
+	if err := os.WriteFile(cfg.Signed, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	open()
+	if err := admit("damaged---------", c.Now().Add(maxAhead)); err == nil {
+		t.Error("let in, though nobody knows what came in before")
+	}
+	c.add(maxAhead + 2*time.Second)
+	if err := admit("mended----------", c.Now()); err != nil {
+		t.Errorf("half a minute later: %v", err)
+	}
+	// What cannot be kept does not come in.
+	cfg.Signed = filepath.Join(t.TempDir(), "gone", "signed.last")
+	c.add(time.Hour)
+	open()
+	if err := admit("no-disk---------", c.Now()); !errors.Is(err, errdef.ErrUnavailable) {
+		t.Errorf("without a disk: %v", err)
+	}
 }
 
 func TestReplayRace(t *testing.T) {
@@ -328,6 +405,25 @@ func FuzzParseSigned(f *testing.F) {
 		// The token's name is only looked up: what it holds changes nothing else.
 		if strings.Count(s.message("GET", "/x"), "\n") != 7+strings.Count(name, "\n") {
 			t.Errorf("message %q", s.message("GET", "/x"))
+		}
+	})
+}
+
+func FuzzDecodeLasts(f *testing.F) {
+	f.Add([]byte(`{"version":1,"last":{"deploy":1795300000}}`))
+	f.Add([]byte(`{"version":1,"last":{}} {}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		at, err := decodeLasts(data)
+		if err != nil {
+			if !errors.Is(err, errdef.ErrInvalid) {
+				t.Error(err)
+			}
+			return
+		}
+		for name, floor := range (&lasts{at: at}).floors() {
+			if floor.Unix() != at[name]+1 {
+				t.Errorf("%s: %v of %d", name, floor, at[name])
+			}
 		}
 	})
 }

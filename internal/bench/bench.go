@@ -42,6 +42,9 @@ type Options struct {
 	// Forks and Floor do not matter then. What is nil has its default.
 	Branch                bool
 	Memory, Dirty, Depths []int
+	// Deterministic measures deterministic runs and nothing else, beside normal
+	// forks that run the same. Forks and Floor do not matter then.
+	Deterministic bool
 	// Out receives the tables, or one JSON object if JSON is set.
 	Out  io.Writer
 	JSON bool
@@ -88,8 +91,13 @@ func Measure(ctx context.Context, d *daemon.Daemon, opts Options) (_ *Result, er
 	if err != nil {
 		return nil, err
 	}
-	if opts.Branch {
+	switch {
+	case opts.Branch && opts.Deterministic:
+		return nil, fmt.Errorf("%w: branches and deterministic runs are measured one at a time", errdef.ErrInvalid)
+	case opts.Branch:
 		return measureBranches(ctx, sub, opts)
+	case opts.Deterministic:
+		return measureRuns(ctx, sub, opts)
 	}
 	work, err := os.MkdirTemp(filepath.Dir(d.Sandboxes.Dir), "bench-")
 	if err != nil {

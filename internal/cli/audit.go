@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/tinevm/tine/client"
 	"github.com/tinevm/tine/internal/audit"
 	"github.com/tinevm/tine/internal/errdef"
 )
@@ -36,7 +37,7 @@ func auditFlags(cmd *cobra.Command, o *AuditOptions) {
 }
 
 func (a *app) auditCommand() *cobra.Command {
-	return noun("audit", "Read and verify the audit log", a.auditVerify(), a.auditTail(), a.auditExport())
+	return noun("audit", "Read and verify the audit log", a.auditVerify(), a.auditTail(), a.auditExport(), a.auditRotate())
 }
 
 // auditDir is the log's directory: an argument, or that of the daemon of this
@@ -205,6 +206,29 @@ is RFC 3339, or how long ago it was. It does not verify: use tine audit verify.`
 	cmd.Flags().StringVar(&since, "since", "", "not before this `TIME`")
 	cmd.Flags().StringVar(&until, "until", "", "before this `TIME`")
 	return cmd
+}
+
+func (a *app) auditRotate() *cobra.Command {
+	return &cobra.Command{
+		Use:   "rotate",
+		Short: "Have the daemon begin a new file of its audit log",
+		Long: `Rotate has the daemon seal the active file of its audit log and go on in the
+next, whose first line carries the chain on, and prints the name of the sealed
+one. Nothing is added to that file any more: it can be copied or moved away.`,
+		Args: cobra.NoArgs,
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				sealed, err := c.RotateAudit(ctx)
+				if err != nil {
+					return err
+				}
+				if a.flags.json {
+					return a.printJSON(sealed)
+				}
+				return a.printf("%s\n", sealed.File)
+			})
+		}),
+	}
 }
 
 // errEnough ends a read: times never go back, so there is no more.

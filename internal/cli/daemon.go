@@ -144,10 +144,14 @@ func (a *app) benchCommand() *cobra.Command {
 beside them the floor: the same steps done by hand with the bare monitor.
 
 With --branch it measures branches, roll-backs and suspensions instead, of
-guests with little and with much to copy; that takes some ten minutes.`,
+guests with little and with much to copy; that takes some ten minutes.
+
+With --deterministic it measures deterministic runs, beside normal forks that
+run the same, and the verification of their records.`,
 		Example: `  tine bench
   tine bench --forks 1,10 --rounds 3 --json
-  tine bench --branch --memory 512`,
+  tine bench --branch --memory 512
+  tine bench --deterministic`,
 		Args: cobra.NoArgs,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			if a.Deps.Bench == nil {
@@ -165,6 +169,7 @@ guests with little and with much to copy; that takes some ten minutes.`,
 	f.IntVar(&opts.Rounds, "rounds", 5, "how often to repeat each measurement")
 	f.BoolVar(&opts.Floor, "floor", true, "measure the bare monitor beside it")
 	f.BoolVar(&opts.Branch, "branch", false, "measure branches instead of forks")
+	f.BoolVar(&opts.Deterministic, "deterministic", false, "measure deterministic runs instead of forks")
 	f.IntSliceVar(&opts.Memory, "memory", nil, "memory of the guests that are branched, in `MiB` (default 512,2048)")
 	return cmd
 }

@@ -107,6 +107,8 @@ type AuthOptions struct {
 	TLSCert, TLSKey, ClientCA, ClientScope string
 	// Plain allows an exposed address without TLS.
 	Plain bool
+	// Share has tokens of scope fork use each other's sandboxes.
+	Share bool
 	// SignWindow is how old a signed request may be; 0 is the daemon's default.
 	SignWindow time.Duration
 	// Rate and Burst bound the requests of one token; 0 is no bound.
@@ -138,6 +140,8 @@ type BenchOptions struct {
 	// Branch measures branches instead, of guests with so much Memory, in MiB.
 	Branch bool
 	Memory []int
+	// Deterministic measures deterministic runs instead.
+	Deterministic bool
 	// Out receives the result, as JSON if JSON is set.
 	Out  io.Writer
 	JSON bool

@@ -90,21 +90,39 @@ func dropDashes(args []string) []string {
 func (a *app) runCommand() *cobra.Command {
 	var req client.ForkRequest
 	var flags execFlags
+	var rec recordFlags
 	var secrets []string
 	cmd := &cobra.Command{
 		Use:   "run --snapshot TAG [-it] -- COMMAND...",
 		Short: "Fork a sandbox, run a command in it, remove it",
-		Long:  `Run exits as the command did: see tine exec --help.`,
+		Long: `Run exits as the command did: see tine exec --help.
+
+With --deterministic the outcome is the same to the byte whenever and wherever
+it is run: time, random numbers, process ids and scheduling are made of the
+snapshot, the command and what --seed and --start say. It leaves a signed record
+that anyone can check by running it again: see tine verify. Its standard input
+(-i) is read to its end, up to 64 MiB, before it starts. With --recorded an
+ordinary run is recorded; running that again proves less. Records keep arguments,
+variables, input and output in the clear: they are no place for secrets.`,
 		Example: `  tine run --snapshot py -- python3 -c 'print(6*7)'
-  tine run --local --snapshot py -it -- bash`,
+  tine run --local --snapshot py -it -- bash
+  tine run --deterministic --seed 7 --record answer.tar --snapshot py -- python3 -c 'import random; print(random.random())'
+  tine run --deterministic --file /in/a.csv=a.csv --collect /out/b.csv=b.csv --snapshot py -- convert /in/a.csv /out/b.csv`,
 		Args: cobra.MinimumNArgs(1),
 	}
 	a.forkFlags(cmd, &req)
 	secretFlags(cmd, &secrets)
 	flags.add(cmd)
+	rec.add(cmd)
 	cmd.RunE = a.verb(func(ctx context.Context, args []string) error {
 		req.Cold, req.N = coldOf(cmd), 1
-		var err error
+		recorded, err := rec.on(cmd)
+		if err != nil {
+			return err
+		}
+		if recorded {
+			return a.runRecorded(ctx, req.Snapshot, dropDashes(args), flags, rec)
+		}
 		if req.Secrets, err = a.readSecrets(secrets); err != nil {
 			return err
 		}

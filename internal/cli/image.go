@@ -23,6 +23,7 @@ func (a *app) imageBuild() *cobra.Command {
 
   debian:SUITE+PACKAGE+PACKAGE   Debian packages
   dir:PATH                       a directory
+  ext4:PATH                      a file that holds an ext4 filesystem
   oci:PATH                       an OCI layout
   docker-archive:PATH            what docker save wrote
   docker:REF                     an image in a registry
@@ -57,7 +58,7 @@ func absolute(source string) string {
 	if !found {
 		kind, path = "", source
 	}
-	if kind != "" && kind != "dir" && kind != "oci" && kind != "docker-archive" {
+	if kind != "" && kind != "dir" && kind != "ext4" && kind != "oci" && kind != "docker-archive" {
 		return source
 	}
 	abs, err := filepath.Abs(path)

@@ -15,21 +15,27 @@ import (
 func (a *app) snapshotCommand() *cobra.Command {
 	return noun("snapshot", "Create, list and remove snapshots",
 		a.snapshotCreate(), a.snapshotLs(), a.snapshotInfo(), a.snapshotRm(), a.snapshotCheck(), a.snapshotGC(), a.snapshotPool(),
-		a.snapshotCompact(), a.snapshotFlatten(), a.snapshotPrune())
+		a.snapshotCompact(), a.snapshotFlatten(), a.snapshotPrune(), a.snapshotVerify())
 }
 
 func (a *app) snapshotCreate() *cobra.Command {
 	var req client.CreateSnapshotRequest
-	cmd := &cobra.Command{
+	var shift int
+	var cmd *cobra.Command
+	cmd = &cobra.Command{
 		Use:   "create TAG",
 		Short: "Boot an image, warm it up and freeze it",
 		Example: `  tine snapshot create py --image py
-  tine snapshot create ml --image py --memory 1024 --import numpy,pandas --warmup 'python3 -c 0'`,
+  tine snapshot create ml --image py --memory 1024 --import numpy,pandas --warmup 'python3 -c 0'
+  tine snapshot create same --image py --deterministic --warmup 'python3 -c 0'`,
 		Args: cobra.ExactArgs(1),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
 			req.Tag = args[0]
 			if req.Image == "" {
 				req.Image = req.Tag
+			}
+			if cmd.Flags().Changed("clock-shift") {
+				req.ClockShift = &shift
 			}
 			return a.withClient(ctx, func(c *client.Client) error {
 				news := a.newNews()
@@ -50,24 +56,37 @@ func (a *app) snapshotCreate() *cobra.Command {
 	f.StringArrayVar(&req.Warmup, "warmup", nil, "shell `command` to run before freezing; may be repeated")
 	f.StringSliceVar(&req.Imports, "import", nil, "`modules` for the warm interpreter to load")
 	f.BoolVar(&req.Replace, "replace", false, "move the tag if it exists")
+	f.BoolVar(&req.Deterministic, "deterministic", false, "make it for tine run --deterministic: making it again gives the same bytes")
+	f.IntVar(&shift, "clock-shift", 2, "an instruction takes 2 to this power `ns` of a deterministic guest's time: 0 to 10")
 	a.completeFlag(cmd, "image", a.completeImages)
 	return cmd
 }
 
 func snapshotTable(snaps ...client.Snapshot) table {
-	t := table{header: []string{"TAG", "DIGEST", "STATUS", "IMAGE", "MEMORY", "ON DISK", "DEPTH", "POOL", "AGE"}}
+	t := table{header: []string{"TAG", "DIGEST", "STATUS", "IMAGE", "MEMORY", "ON DISK", "DEPTH", "POOL", "AGE", "NOTE"}}
 	for _, s := range snaps {
 		pool := "-"
 		if s.Pool != nil && s.Pool.Size > 0 {
 			pool = fmt.Sprintf("%d/%d", s.Pool.Ready, s.Pool.Size)
 		}
 		memory, onDisk := "-", "-" // while it is being written
-		if s.Bootable {
+		if s.Status == client.SnapshotReady {
 			memory, onDisk = fmt.Sprintf("%d MiB", s.MemoryMiB), mib(s.MemoryPhysicalBytes)
 		}
-		t.add(s.Tag, dash(short(s.Digest)), string(s.Status), dash(s.Image), memory, onDisk, strconv.Itoa(s.ChainDepth), pool, age(s.CreatedAtUnix))
+		t.add(s.Tag, dash(short(s.Digest)), string(s.Status), dash(s.Image), memory, onDisk, strconv.Itoa(s.ChainDepth), pool, age(s.CreatedAtUnix), kindOf(s.Deterministic, s.TwinOf))
 	}
 	return t
+}
+
+// kindOf marks what is not for forks.
+func kindOf(deterministic bool, twinOf string) string {
+	switch {
+	case twinOf != "":
+		return "twin of " + twinOf
+	case deterministic:
+		return "deterministic"
+	}
+	return ""
 }
 
 func (a *app) snapshotLs() *cobra.Command {
@@ -103,6 +122,12 @@ func detailTable(d client.SnapshotDetail) table {
 		machine += fmt.Sprintf(", disk of %d MiB", d.DiskMiB)
 	}
 	t.add("machine", machine)
+	if d.Deterministic {
+		t.add("deterministic", fmt.Sprintf("yes, clock shift %d", d.ClockShift))
+	}
+	if d.TwinOf != "" {
+		t.add("twin of", d.TwinOf)
+	}
 	t.add("memory", fmt.Sprintf("%s, %s on disk", mib(d.MemoryLogicalBytes), mib(d.MemoryPhysicalBytes)))
 	t.add("device state", mib(d.VmstateBytes))
 	if d.Mode != "" {
@@ -179,6 +204,61 @@ func (a *app) printCheckReport(report client.CheckReport) error {
 		return fmt.Errorf("%d problems in %d snapshots", len(report.Problems), report.Checked)
 	}
 	return nil
+}
+
+func (a *app) snapshotVerify() *cobra.Command {
+	return &cobra.Command{
+		Use:   "verify TAG",
+		Short: "Make a deterministic snapshot again and compare",
+		Long: `Verify makes a deterministic snapshot again, of the same image and warm-up, and
+compares memory and devices, byte for byte. That takes as long as making it did,
+and nothing is kept of it.
+
+It exits with 0 when it comes out the same, 1 when it does not, and 4 when that
+cannot be found out: the image is gone, or this is another version of the engine.`,
+		Example: `  tine snapshot verify same
+  tine snapshot verify same --json`,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: a.completeFirst(a.completeSnapshots),
+		RunE: a.verb(func(ctx context.Context, args []string) error {
+			return a.withClient(ctx, func(c *client.Client) error {
+				news := a.newNews()
+				v, err := c.VerifySnapshot(ctx, args[0], news.report)
+				news.close()
+				if err != nil {
+					return err
+				}
+				return a.printRemade(v)
+			})
+		}),
+	}
+}
+
+func (a *app) printRemade(v client.SnapshotVerification) error {
+	t := table{}
+	t.add(string(v.Result), v.Tag, short(v.Digest))
+	for _, p := range []struct {
+		what string
+		pair *client.DigestPair
+	}{{"memory", v.Memory}, {"devices", v.Device}} {
+		switch {
+		case p.pair == nil:
+		case p.pair.Same:
+			t.add(p.what, "the same", short(p.pair.Was))
+		default:
+			t.add(p.what, "was "+short(p.pair.Was), "is "+short(p.pair.Is))
+		}
+	}
+	if err := a.print(v, t); err != nil {
+		return err
+	}
+	switch string(v.Result) {
+	case client.Verified:
+		return nil
+	case client.Mismatch:
+		return fmt.Errorf("snapshot %s does not come out the same", v.Tag)
+	}
+	return fmt.Errorf("%w: snapshot %s: %s", errdef.ErrConflict, v.Tag, strings.Join(v.Missing, "; "))
 }
 
 func (a *app) snapshotGC() *cobra.Command {

@@ -4,9 +4,11 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -20,8 +22,10 @@ import (
 const maxCredential = 1 << 20
 
 // connect makes a client of the daemon, which does not connect yet.
-func (a *app) connect() (*client.Client, error) {
-	cfg := a.address()
+func (a *app) connect() (*client.Client, error) { return a.connectTo(a.address()) }
+
+// connectTo makes a client of the daemon that cfg says.
+func (a *app) connectTo(cfg client.Config) (*client.Client, error) {
 	var err error
 	if cfg.Token, err = a.token(cfg.Token); err != nil {
 		return nil, err
@@ -109,8 +113,10 @@ func readCredential(path string) ([]byte, error) {
 
 func (a *app) tokenCommand() *cobra.Command {
 	cmd := noun("token", "Say who may use the daemon", a.tokenCreate(), a.tokenLs(), a.tokenRm())
-	cmd.Long = `Token changes the named tokens in the state directory of this host's daemon,
-which notices within a second, and need not run.
+	cmd.Long = `Token changes the named tokens of this host's daemon, through its socket, so
+that its audit log says who did it. Where none answers it changes the state
+directory, which the daemon notices and tells of once it runs. With --url it
+asks that daemon.
 
 While there is none, whoever reaches the daemon's loopback address may do
 everything. From the first on, until the daemon ends, all but the owner of its
@@ -133,11 +139,8 @@ sandboxes, one of scope admin does everything. With --sign it is never sent:
 clients sign each request with it, so that nobody who saw one can send it again.`,
 		Args: cobra.ExactArgs(1),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
-			if a.Deps.Tokens.Create == nil {
-				return missing("tokens")
-			}
 			t.Name = args[0]
-			made, secret, err := a.Deps.Tokens.Create(ctx, a.stateDir(), t)
+			made, secret, err := a.createToken(ctx, t)
 			if err != nil {
 				return err
 			}
@@ -165,11 +168,8 @@ func (a *app) tokenLs() *cobra.Command {
 		Use:   "ls",
 		Short: "List the named tokens",
 		Args:  cobra.NoArgs,
-		RunE: a.verb(func(context.Context, []string) error {
-			if a.Deps.Tokens.List == nil {
-				return missing("tokens")
-			}
-			all, err := a.Deps.Tokens.List(a.stateDir())
+		RunE: a.verb(func(ctx context.Context, _ []string) error {
+			all, err := a.listTokens(ctx)
 			if err != nil {
 				return err
 			}
@@ -199,17 +199,81 @@ func (a *app) tokenRm() *cobra.Command {
 		Short: "Remove tokens; what was made with them stays",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
-			if a.Deps.Tokens.Remove == nil {
-				return missing("tokens")
-			}
 			for _, name := range args {
-				if err := a.Deps.Tokens.Remove(ctx, a.stateDir(), name); err != nil {
+				if err := a.removeToken(ctx, name); err != nil {
 					return err
 				}
 			}
 			return nil
 		}),
 	}
+}
+
+// askDaemon calls f with a client of the daemon that tokens are for, and reports
+// false when none answers. $TINE_URL is not asked: it may be where another's
+// sandboxes are.
+func (a *app) askDaemon(f func(*client.Client) error) (bool, error) {
+	if a.flags.local {
+		return false, nil
+	}
+	cfg := client.Config{Socket: a.flags.socket, URL: a.flags.url, Token: a.Getenv("TINE_TOKEN")}
+	if cfg.Socket == "" && cfg.URL == "" {
+		cfg.Socket = filepath.Join(a.stateDir(), "tine.sock")
+	}
+	c, err := a.connectTo(cfg)
+	if err != nil {
+		return true, err
+	}
+	defer c.Close()
+	err = f(c)
+	if _, nobody := errors.AsType[*client.UnreachableError](err); nobody && cfg.URL == "" {
+		return false, nil
+	}
+	return true, err
+}
+
+func (a *app) createToken(ctx context.Context, t Token) (made Token, secret string, err error) {
+	asked, err := a.askDaemon(func(c *client.Client) error {
+		got, createErr := c.CreateToken(ctx, client.CreateTokenRequest{Name: t.Name, Scope: t.Scope, MaxSandboxes: t.MaxSandboxes, Sign: t.Sign})
+		made = Token{Name: got.Name, Scope: got.Scope, MaxSandboxes: got.MaxSandboxes, Sign: got.Sign, CreatedAt: got.CreatedAt}
+		secret = got.Token
+		return createErr
+	})
+	if asked || err != nil {
+		return made, secret, err
+	}
+	if a.Deps.Tokens.Create == nil {
+		return Token{}, "", missing("tokens")
+	}
+	return a.Deps.Tokens.Create(ctx, a.stateDir(), t)
+}
+
+func (a *app) listTokens(ctx context.Context) (all []Token, err error) {
+	asked, err := a.askDaemon(func(c *client.Client) error {
+		tokens, listErr := c.Tokens(ctx)
+		for _, t := range tokens {
+			all = append(all, Token{Name: t.Name, Scope: t.Scope, MaxSandboxes: t.MaxSandboxes, Sign: t.Sign, CreatedAt: t.CreatedAt})
+		}
+		return listErr
+	})
+	if asked || err != nil {
+		return all, err
+	}
+	if a.Deps.Tokens.List == nil {
+		return nil, missing("tokens")
+	}
+	return a.Deps.Tokens.List(a.stateDir())
+}
+
+func (a *app) removeToken(ctx context.Context, name string) error {
+	asked, err := a.askDaemon(func(c *client.Client) error { return c.RemoveToken(ctx, name) })
+	if asked || err != nil {
+		return err
+	}
+	if a.Deps.Tokens.Remove == nil {
+		return missing("tokens")
+	}
+	return a.Deps.Tokens.Remove(ctx, a.stateDir(), name)
 }
 
 // guardFlags are the flags of serve that say who is let in.
@@ -220,6 +284,7 @@ func (a *app) guardFlags(cmd *cobra.Command, o *AuthOptions) {
 	f.StringVar(&o.ClientCA, "tls-client-ca", "", "let in whoever has a certificate that `FILE` has signed")
 	f.StringVar(&o.ClientScope, "tls-client-scope", "admin", "what they may do: `read|fork|admin`")
 	f.BoolVar(&o.Plain, "insecure-plain", false, "allow --listen on an address that other hosts reach without TLS")
+	f.BoolVar(&o.Share, "share-sandboxes", false, "let tokens of scope fork see and use each other's sandboxes")
 	f.DurationVar(&o.SignWindow, "sign-window", 0, "accept signed requests of so long ago (default 5m)")
 	f.Float64Var(&o.Rate, "rate", 0, "refuse more than `N` requests a second of one token, in the long run (default no bound)")
 	f.IntVar(&o.Burst, "burst", 0, "let so many of them come at once (default --rate)")

@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -145,5 +147,55 @@ func TestServeAuth(t *testing.T) {
 	command(t, deps, map[string]string{"HOME": t.TempDir(), "TINE_TOKEN_FILE": "not for serve"}, "serve")
 	if diff := cmp.Diff(cli.AuthOptions{ClientScope: "admin"}, got); diff != "" {
 		t.Errorf("without flags (-want +got):\n%s", diff)
+	}
+}
+
+// TestTokenAsksDaemon: while a daemon answers it is asked, and nothing is
+// changed behind its back.
+func TestTokenAsksDaemon(t *testing.T) {
+	t.Parallel()
+	dir, err := os.MkdirTemp("", "tine") //nolint:usetesting // its path has to be short
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	ln, err := net.Listen("unix", filepath.Join(dir, "tine.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asked []string
+	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body) // an error shows in the comparison
+		asked = append(asked, strings.TrimSpace(r.Method+" "+r.URL.Path+" "+string(body)))
+		w.Header().Set("Content-Type", "application/json")
+		switch r.Method {
+		case http.MethodPost:
+			w.WriteHeader(http.StatusCreated)
+			_, _ = io.WriteString(w, `{"name":"ci","scope":"read","created_at":"2026-11-22T00:00:00Z","token":"tine_ci_secret"}`)
+		case http.MethodGet:
+			_, _ = io.WriteString(w, `[{"name":"ci","scope":"read","created_at":"2026-11-22T00:00:00Z"}]`)
+		default:
+			w.WriteHeader(http.StatusNoContent)
+		}
+	}))
+	srv.Listener = ln
+	srv.Start()
+	t.Cleanup(srv.Close)
+	env := map[string]string{"TINE_STATE_DIR": dir, "TINE_URL": "http://127.0.0.1:1"}
+	for _, step := range []struct {
+		want string
+		args []string
+	}{
+		{"tine_ci_secret\n", []string{"token", "create", "ci", "--scope", "read"}},
+		{"read", []string{"token", "ls"}},
+		{"", []string{"token", "rm", "ci"}},
+	} {
+		if code, out, errs := command(t, cli.Deps{}, env, step.args...); code != 0 || !strings.Contains(out, step.want) {
+			t.Errorf("%q: %d %q %q", step.args, code, out, errs)
+		}
+	}
+	want := []string{`POST /v1/tokens {"name":"ci","scope":"read"}`, "GET /v1/tokens", "DELETE /v1/tokens/ci"}
+	if diff := cmp.Diff(want, asked); diff != "" {
+		t.Error(diff)
 	}
 }

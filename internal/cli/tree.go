@@ -79,6 +79,9 @@ func (d *drawing) draw(n client.Node, first, rest string) {
 			name = n.Digest
 		}
 	}
+	if kind := kindOf(n.Deterministic, n.TwinOf); kind != "" && !d.plain {
+		name += " [" + kind + "]"
+	}
 	d.table.add(first+name, short(n.Digest), mib(n.DiskBytes), fmt.Sprint(n.ChainDepth), age(n.CreatedAtUnix), strings.Join(n.Sandboxes, " "))
 	under := d.children[n.Digest]
 	for i, child := range under {

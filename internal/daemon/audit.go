@@ -38,6 +38,7 @@ const lookTime = 500 * time.Millisecond
 type witness struct {
 	log    *audit.Log
 	events *sandbox.Events
+	tokens *tokenWatch
 	stop   context.CancelFunc
 	done   chan struct{}
 	logger *slog.Logger
@@ -66,7 +67,11 @@ func (d *Daemon) openAudit(ctx context.Context) error {
 		return errors.Join(err, log.Close())
 	}
 	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
-	w := &witness{log: log, events: d.events, stop: stop, done: make(chan struct{}), logger: d.log}
+	w := &witness{
+		log: log, events: d.events, tokens: openTokenWatch(d.guard, d.path("tokens.told"), d.log),
+		stop: stop, done: make(chan struct{}), logger: d.log,
+	}
+	w.tellTokens(ctx) // before anybody comes in with one
 	go func() {
 		defer close(w.done)
 		w.follow(ctx)
@@ -101,6 +106,7 @@ func (w *witness) follow(ctx context.Context) {
 		if len(events) > 0 {
 			continue
 		}
+		w.tellTokens(ctx)
 		if ctx.Err() != nil {
 			return
 		}

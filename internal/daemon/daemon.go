@@ -22,7 +22,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/tinevm/tine/internal/api"
+	"github.com/tinevm/tine/internal/attest"
 	"github.com/tinevm/tine/internal/auth"
+	"github.com/tinevm/tine/internal/deterministic"
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestmem"
@@ -64,6 +66,8 @@ type Config struct {
 	// what TCP listeners show and ask for. An ephemeral daemon asks nobody.
 	Auth auth.Config
 	TLS  auth.TLSFiles
+	// ShareSandboxes has tokens of scope fork use each other's sandboxes.
+	ShareSandboxes bool
 	// Audit says what is remembered of who did what.
 	Audit AuditConfig
 	// HTTP bounds what clients may do to the interface; zero fields mean the
@@ -82,12 +86,14 @@ type Daemon struct {
 	Images    *image.Store
 	Snapshots *snapshot.Store
 	Sandboxes *sandbox.Manager
+	Runner    *deterministic.Runner
 
 	cfg     Config
 	log     *slog.Logger
 	handler http.Handler
 	events  *sandbox.Events
 
+	attestor   *attest.Attestor
 	workspaces *workspace.Store // nil when ephemeral
 	lock       *os.File         // nil when ephemeral
 	guard      *auth.Guard      // nil when ephemeral
@@ -137,9 +143,13 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	u.Add(func() error { return d.Sandboxes.Close(ctx) })
-	boxes := api.Own(d.Sandboxes, d.guard)
+	boxes := api.Own(d.Sandboxes, d.guard, d.Snapshots, cfg.ShareSandboxes)
+	if err = d.openAttestor(boxes); err != nil {
+		return nil, err
+	}
+	u.Add(d.closeAttestor)
 	face := api.Config{
-		Sandboxes: boxes, Auth: d.guard, Snapshots: d.Snapshots, Images: d.Images,
+		Sandboxes: boxes, Auth: d.guard, ShareSandboxes: cfg.ShareSandboxes, Snapshots: d.Snapshots, Images: d.Images, Attestor: d.attestor,
 		Audit: d.witness.auditLog(), AuditReads: cfg.Audit.Reads,
 		Metrics: counts, Events: d.events, Load: d.Sandboxes.Load,
 		Doctor: cfg.Doctor, ForgeSnapshot: cfg.ForgeSnapshot, Version: cfg.Version, Logger: d.log,
@@ -196,7 +206,7 @@ func (d *Daemon) Close(ctx context.Context) error {
 	if d.workspaces != nil {
 		err = d.workspaces.Close()
 	}
-	err = errors.Join(err, d.Sandboxes.Close(ctx), d.witness.close(ctx))
+	err = errors.Join(err, d.closeAttestor(), d.Sandboxes.Close(ctx), d.witness.close(ctx))
 	if d.lock != nil {
 		err = errors.Join(err, d.lock.Close())
 	}

@@ -21,6 +21,7 @@ import (
 func (d *Daemon) openAuth() (err error) {
 	cfg := d.cfg.Auth
 	cfg.Store, cfg.Logger, cfg.Certificates = auth.StorePath(d.cfg.StateDir), d.log, d.cfg.TLS.ClientCA != ""
+	cfg.Signed = auth.SignedPath(d.cfg.StateDir)
 	if d.guard, err = auth.Open(cfg); err != nil {
 		return err
 	}

@@ -24,6 +24,7 @@ func all() []guestproto.Message {
 		&guestproto.ListRequest{}, &guestproto.MkdirRequest{}, &guestproto.MoveRequest{}, &guestproto.RemoveRequest{},
 		&guestproto.WatchRequest{}, &guestproto.Event{}, &guestproto.Events{},
 		&guestproto.Secret{}, &guestproto.ChangesRequest{}, &guestproto.Change{}, &guestproto.Changes{}, &guestproto.ChangesDone{},
+		&guestproto.Welcome{}, &guestproto.Job{}, &guestproto.JobFile{}, &guestproto.JobDone{}, &guestproto.JobCollected{},
 	}
 }
 

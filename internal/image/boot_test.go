@@ -82,7 +82,7 @@ func TestInitrd(t *testing.T) {
 	}
 	got, names := readCPIO(t, initrd.Bytes())
 	want := []string{
-		"modules", "modules/order", "modules/order.d", "modules/order.d/blk", "modules/order.d/ext4", "modules/order.d/mmio", "modules/order.d/net", "modules/order.d/nvdimm", "modules/order.d/vsock",
+		"modules", "modules/order", "modules/order.d", "modules/order.d/blk", "modules/order.d/e820", "modules/order.d/ext4", "modules/order.d/mmio", "modules/order.d/net", "modules/order.d/nvdimm", "modules/order.d/vsock",
 		"dev", "proc", "sys", "newroot", "dev/console", "dev/null", "init",
 	}
 	for name := range testModules() {

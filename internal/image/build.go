@@ -30,7 +30,7 @@ type BuildRequest struct {
 	// Name is the name that the image gets; an image that has it loses it.
 	Name string
 	// Source says where the root tree comes from: "debian:SUITE+PKG+PKG",
-	// "dir:PATH", "oci:PATH", "docker-archive:PATH" or "docker:REF".
+	// "dir:PATH", "ext4:PATH", "oci:PATH", "docker-archive:PATH" or "docker:REF".
 	Source string
 	// Kernel says where the kernel comes from: "debian:SUITE", or "dir:PATH"
 	// with vmlinuz (or vmlinux) and lib/modules. Empty: Debian's.
@@ -77,7 +77,7 @@ func (s *Store) Build(ctx context.Context, req BuildRequest) (img Image, hit boo
 	if err = req.Validate(); err != nil {
 		return Image{}, false, err
 	}
-	src, err := parseSource(req.Source)
+	src, err := parseSource(req.Source, s.limits)
 	if err != nil {
 		return Image{}, false, err
 	}

@@ -34,11 +34,16 @@ func newDirSource(text string) (dirSource, error) {
 // identity is the digest of everything in the directory.
 func (d dirSource) identity(ctx context.Context) (string, error) {
 	progress.Report(ctx, step, "reading "+d.path)
+	return identityOf("dir", func(w io.Writer) error { return d.archive(ctx, w) })
+}
+
+// identityOf is the digest of an archive.
+func identityOf(kind string, archive func(io.Writer) error) (string, error) {
 	h := sha256.New()
-	if err := d.archive(ctx, h); err != nil {
+	if err := archive(h); err != nil {
 		return "", err
 	}
-	return "dir:" + hex.EncodeToString(h.Sum(nil)), nil
+	return kind + ":" + hex.EncodeToString(h.Sum(nil)), nil
 }
 
 func (d dirSource) unpack(ctx context.Context, t *tree, _ string) (RunConfig, error) {
@@ -49,10 +54,15 @@ func (d dirSource) unpack(ctx context.Context, t *tree, _ string) (RunConfig, er
 
 // stream gives the directory to consume as an archive.
 func (d dirSource) stream(ctx context.Context, consume func(io.Reader) error) error {
+	return stream(func(w io.Writer) error { return d.archive(ctx, w) }, consume)
+}
+
+// stream gives what archive writes to consume.
+func stream(archive func(io.Writer) error, consume func(io.Reader) error) error {
 	r, w := io.Pipe()
 	done := make(chan error, 1)
 	go func() {
-		err := d.archive(ctx, w)
+		err := archive(w)
 		done <- errors.Join(err, w.CloseWithError(err))
 	}()
 	err := consume(r)

@@ -37,6 +37,7 @@ var (
 	// missing.
 	features = []struct{ name, module string }{
 		{"blk", "virtio_blk"},
+		{"e820", "nd_e820"},
 		{"ext4", "ext4"},
 		{"mmio", "virtio_mmio"},
 		{"net", "virtio_net"},

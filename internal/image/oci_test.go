@@ -109,7 +109,7 @@ func pushImage(t *testing.T, img v1.Image) string {
 // unpackSource runs a source and returns the tree's listing.
 func unpackSource(t *testing.T, text string, limits Limits) ([]string, RunConfig, error) {
 	t.Helper()
-	src, err := parseSource(text)
+	src, err := parseSource(text, Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -21,8 +21,9 @@ type source interface {
 // defaultPath is the PATH of images that do not say.
 const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// parseSource reads the syntax that docs/formats/image.md describes.
-func parseSource(text string) (source, error) {
+// parseSource reads the syntax that docs/formats/image.md describes. What a
+// source reads before it unpacks is within limits too.
+func parseSource(text string, limits Limits) (source, error) {
 	if text == "" || len(text) > maxText || strings.ContainsFunc(text, isControl) {
 		return nil, sourceError(text)
 	}
@@ -35,6 +36,8 @@ func parseSource(text string) (source, error) {
 		return parseDebian(rest)
 	case "dir":
 		return newDirSource(rest)
+	case "ext4":
+		return newExt4Source(rest, limits)
 	case "oci":
 		return newLayoutSource(rest)
 	case "docker-archive":
@@ -52,7 +55,7 @@ func isControl(r rune) bool { return r < ' ' || r == 0x7f }
 
 func sourceError(text string) error {
 	err := fmt.Errorf("%w: image source %.200q", errdef.ErrInvalid, text)
-	return errdef.WithHint(err, "use debian:SUITE+PACKAGE+PACKAGE, dir:PATH, oci:PATH, docker-archive:PATH or docker:REFERENCE")
+	return errdef.WithHint(err, "use debian:SUITE+PACKAGE+PACKAGE, dir:PATH, ext4:PATH, oci:PATH, docker-archive:PATH or docker:REFERENCE")
 }
 
 // localPath makes a source's path absolute.

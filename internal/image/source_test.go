@@ -41,6 +41,7 @@ func TestParseSource(t *testing.T) {
 		"debian:bookworm" + strings.Repeat("+aa", 300): "",
 		"docker:UPPER CASE":                            "",
 		"dir:":                                         "",
+		"ext4:":                                        "",
 		"oci:":                                         "",
 		"docker-archive:":                              "",
 		"dir:/a\x00b":                                  "",
@@ -48,7 +49,7 @@ func TestParseSource(t *testing.T) {
 	} {
 		t.Run(strings.ReplaceAll(text, " ", "_"), func(t *testing.T) {
 			t.Parallel()
-			src, err := parseSource(text)
+			src, err := parseSource(text, Limits{})
 			if want == "" {
 				if !errors.Is(err, errdef.ErrInvalid) {
 					t.Errorf("got %v, %v, want %v", src, err, errdef.ErrInvalid)
@@ -80,7 +81,7 @@ func FuzzParseSource(f *testing.F) {
 	f.Add("debian:bookworm+python3")
 	f.Add("debian:bookworm,g++")
 	f.Fuzz(func(t *testing.T, text string) {
-		src, err := parseSource(text)
+		src, err := parseSource(text, Limits{})
 		d, ok := src.(debianSource)
 		if err != nil || !ok {
 			return

@@ -45,6 +45,8 @@ type Metrics struct {
 	requests *prometheus.HistogramVec
 	failures *prometheus.CounterVec
 	events   *prometheus.CounterVec
+	runs     *prometheus.CounterVec
+	verified *prometheus.CounterVec
 	streams  prometheus.Gauge
 }
 
@@ -63,9 +65,11 @@ func New(version string) *Metrics {
 		requests: histogram("tine_http_request_seconds", "Time to answer a request; streams are left out.", quick(), "method", "route", "status"),
 		failures: counter("tine_failures_total", "Requests that failed, by the code of the failure.", "cause"),
 		events:   counter("tine_events_total", "Events in the life of sandboxes and snapshots.", "type"),
+		runs:     counter("tine_runs_total", "Runs for the record, by mode and what they came to.", "mode", "outcome"),
+		verified: counter("tine_verifications_total", "Records that were verified, by result.", "result"),
 		streams:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "tine_event_streams", Help: "Clients that follow the events."}),
 	}
-	m.registry.MustRegister(m.fork, m.exec, m.snapshot, m.pause, m.branch, m.requests, m.failures, m.events, m.streams,
+	m.registry.MustRegister(m.fork, m.exec, m.snapshot, m.pause, m.branch, m.requests, m.failures, m.events, m.runs, m.verified, m.streams,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -120,6 +124,12 @@ func (m *Metrics) Failure(code string) { m.failures.WithLabelValues(code).Inc() 
 
 // Event notes an event of a type.
 func (m *Metrics) Event(kind string) { m.events.WithLabelValues(kind).Inc() }
+
+// Run notes a run for the record. Both words are of few.
+func (m *Metrics) Run(mode, outcome string) { m.runs.WithLabelValues(mode, outcome).Inc() }
+
+// Verified notes a record that was verified.
+func (m *Metrics) Verified(result string) { m.verified.WithLabelValues(result).Inc() }
 
 // StreamOpened and StreamClosed note a client that follows the events.
 func (m *Metrics) StreamOpened() { m.streams.Inc() }

@@ -57,7 +57,7 @@ func (m *Manager) branch(ctx context.Context, id string, req BranchRequest) (_ s
 	}
 	early := snapshot.Snapshot{Tag: req.Tag, Status: snapshot.StatusWriting, Facts: w.c.facts}
 	early.Mode, early.CreatedAt = string(w.c.mode), w.at
-	m.setBranch(BranchState{Tag: req.Tag, Sandbox: id, PauseMS: early.PauseMS, At: w.at})
+	m.setBranch(BranchState{Tag: req.Tag, Sandbox: id, Owner: req.Owner, PauseMS: early.PauseMS, At: w.at})
 	go w.background() // begin has counted it among the calls that Close waits for
 	return early, nil
 }
@@ -148,7 +148,7 @@ func (w *branching) take(ctx context.Context) error {
 	}
 	progress.Report(ctx, "branch", "preparing")
 	w.c = w.m.newCapture(vm, w.stage, w.req.Mode)
-	w.c.facts.BranchedFrom, w.c.facts.Auto = b.id, w.auto
+	w.c.facts.BranchedFrom, w.c.facts.Auto, w.c.facts.Owner = b.id, w.auto, w.req.Owner
 	if err = w.c.prepare(r.Origin, r.Head); err != nil {
 		return err
 	}
@@ -241,7 +241,7 @@ func (w *branching) copyHeld(ctx context.Context) (snapshot.Snapshot, error) {
 	if err := w.stage.Abort(); err != nil { // Retag claims the tag anew
 		return snapshot.Snapshot{}, err
 	}
-	w.held.Auto, w.held.BranchedFrom = w.auto, w.b.id
+	w.held.Auto, w.held.BranchedFrom, w.held.Owner = w.auto, w.b.id, w.req.Owner
 	snap, err := w.m.Snapshots.Retag(ctx, w.req.Tag, w.held, w.req.Replace)
 	if err == nil {
 		w.b.branched(snap.Digest)
@@ -270,7 +270,7 @@ func (w *branching) background() {
 		return
 	}
 	w.m.Logger.Warn("branch failed", "sandbox", w.b.id, "snapshot", tag, "error", err)
-	w.m.setBranch(BranchState{Tag: tag, Sandbox: w.b.id, At: w.at, Err: err})
+	w.m.setBranch(BranchState{Tag: tag, Sandbox: w.b.id, Owner: w.req.Owner, At: w.at, Err: err})
 }
 
 // maxFailures bounds how many failed branches are remembered.

@@ -88,6 +88,10 @@ func (m *Manager) fits(o *origin) error {
 	if ref == "" {
 		ref = o.snap.Digest
 	}
+	if man.Machine.Deterministic {
+		err := fmt.Errorf("%w: snapshot %s is deterministic, and has no forks", errdef.ErrConflict, ref)
+		return errdef.WithHint(err, "run commands in it: tine run --deterministic --snapshot "+ref+" -- COMMAND")
+	}
 	if man.Engine != m.Engine.Name() || man.EngineVersion != m.Engine.Version() {
 		err := fmt.Errorf("%w: snapshot %s was made by %s %s, this is %s %s", errdef.ErrConflict, ref,
 			man.Engine, man.EngineVersion, m.Engine.Name(), m.Engine.Version())

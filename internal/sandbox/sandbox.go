@@ -105,6 +105,8 @@ type BranchRequest struct {
 	Tag string
 	// Mode is Live unless it says otherwise.
 	Mode Mode
+	// Owner is the snapshot's; see snapshot.Facts.
+	Owner string
 	// Replace moves the tag if it exists.
 	Replace bool
 	// NoWait returns as soon as the sandbox runs on. The snapshot is listed as
@@ -117,6 +119,7 @@ type BranchRequest struct {
 type BranchState struct {
 	Tag     string
 	Sandbox string
+	Owner   string // as it is to be in snapshot.Facts
 	PauseMS float64
 	At      time.Time
 	Err     error // nil while it is being written

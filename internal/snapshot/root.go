@@ -267,7 +267,10 @@ func (s *Store) doomedLocked(keep int) ([]root, error) {
 	if err != nil {
 		return nil, err
 	}
-	roots = slices.DeleteFunc(roots, func(r root) bool { return r.held || r.err != nil || !r.file.Auto })
+	// What was not taken of a sandbox is no branch, though nobody chose its tag.
+	roots = slices.DeleteFunc(roots, func(r root) bool {
+		return r.held || r.err != nil || !r.file.Auto || r.file.BranchedFrom == ""
+	})
 	slices.SortStableFunc(roots, func(a, b root) int { return b.file.CreatedAt.Compare(a.file.CreatedAt) })
 	kept := map[string]int{}
 	var doomed []root

@@ -277,6 +277,7 @@ func TestPrune(t *testing.T) {
 	for i := range 3 {
 		layerWith(t, s, fmt.Sprint("y", i), root, byte(20+i), at(i, "y"))
 	}
+	layerWith(t, s, "twin", root, 40, at(0, "")) // no branch, though nobody chose its tag
 	y0, err := s.Resolve("y0")
 	if err != nil {
 		t.Fatal(err)
@@ -287,7 +288,7 @@ func TestPrune(t *testing.T) {
 	}
 	want := memoryOf(t, s, named)
 	dry, wouldFree, err := s.Prune(t.Context(), PrunePolicy{KeepLast: 1, DryRun: true})
-	if err != nil || len(list(t, s)) != 11 {
+	if err != nil || len(list(t, s)) != 12 {
 		t.Fatalf("dry run: %v", err)
 	}
 	tags, freed, err := s.Prune(t.Context(), PrunePolicy{KeepLast: 1})

@@ -32,6 +32,9 @@ type Facts struct {
 	DiffMS            int64   `json:"diff_ms,omitempty"`
 	DiffPhysicalBytes int64   `json:"diff_physical_bytes,omitempty"`
 	DiffLogicalBytes  int64   `json:"diff_logical_bytes,omitempty"`
+	// Owner is the token that took it of its sandbox, and whose it is alone;
+	// empty: anybody's. To heed it is for whoever knows tokens.
+	Owner string `json:"owner,omitempty"`
 	// Auto says that nobody chose the tag: Prune may remove it.
 	Auto bool `json:"auto,omitempty"`
 	// Warning is something to know before forking it.

@@ -53,9 +53,14 @@ type Caps struct {
 	// Deterministic: the engine has a mode in which a fork is a pure function
 	// of its snapshot and its input.
 	Deterministic bool `json:"deterministic"`
+	// Model is what guests of deterministic machines see; records name it.
+	Model Model `json:"-"`
 	// MaxVCPUs is the largest Machine.VCPUs.
 	MaxVCPUs int `json:"max_vcpus"`
 }
+
+// Model names the models of a machine and of its processor.
+type Model struct{ Machine, CPU string }
 
 // Machine is the shape of a machine: what a guest can see of it. It is part of
 // a snapshot, and a machine restored from one must have the same shape.
@@ -64,6 +69,29 @@ type Machine struct {
 	VCPUs     int `json:"vcpus"`
 	// DiskMiB is the size of the scratch disk; 0 is a machine without one.
 	DiskMiB int `json:"disk_mib,omitempty"`
+	// Deterministic: the guest's clocks count its instructions, and it has no
+	// device by which the host's time or anything else of the host's could reach
+	// it. What is said to it is written to its Mailbox while it stands still.
+	// Only engines with Caps.Deterministic have such machines, of one vCPU and
+	// without a disk, and there is nothing in them to Dial.
+	Deterministic bool `json:"deterministic,omitempty"`
+	// ClockShift: an instruction of a deterministic machine takes 2^ClockShift
+	// nanoseconds of the guest's time. At most MaxClockShift.
+	ClockShift int `json:"clock_shift,omitempty"`
+}
+
+// MaxClockShift is the largest Machine.ClockShift.
+const MaxClockShift = 10
+
+// MailboxSize is how much memory of a deterministic machine its host shares
+// with its guest.
+const MailboxSize = 1 << 20
+
+// Mailbox is that memory, from offset 0 to MailboxSize. It is to be used only
+// while the machine stands still.
+type Mailbox interface {
+	io.ReaderAt
+	io.WriterAt
 }
 
 // Boot names the files a machine starts from. All are read only.
@@ -151,7 +179,8 @@ type VM interface {
 	// Freeze pauses the machine and writes its device state to the file
 	// device, which must not exist. The machine stays paused; its memory is in
 	// StartSpec.Memory. On error the machine is resumed. Restored machines are
-	// branched instead; to freeze one is errdef.ErrInvalid.
+	// branched instead; to freeze one is errdef.ErrInvalid. A deterministic
+	// machine must be halted, and its guest must stop it when it is answered.
 	Freeze(ctx context.Context, device string) error
 
 	// Pause stops the virtual CPUs; Resume lets them run. Both are idempotent.
@@ -195,6 +224,19 @@ type VM interface {
 	// good for as long as the machine lives. What is read from it belongs to
 	// one instant only while the machine is paused.
 	Memory() (guestmem.Space, error)
+
+	// Halted waits until the guest of a deterministic machine has something to
+	// say and stands still, in the middle of an instruction, for want of an
+	// answer. From then on until Answer, which lets it go on, the monitor does
+	// nothing else: only Memory, Mailbox, Freeze and Kill may be used. Both are
+	// errdef.ErrUnsupported for other machines.
+	Halted(ctx context.Context) error
+	Answer() error
+
+	// Mailbox is what a deterministic machine shares with its guest; for other
+	// machines it is errdef.ErrUnsupported. It is good for as long as the
+	// machine lives.
+	Mailbox() (Mailbox, error)
 
 	// PID is the monitor's process, or 0 where there is none.
 	PID() int

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tinevm/tine/internal/deterministic"
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/sandbox"
@@ -143,4 +144,56 @@ func repository(t testing.TB) string {
 	}
 	t.Fatal("no go.mod above the test's directory")
 	return ""
+}
+
+// DeterministicTag is the tag of the shared deterministic snapshot.
+const DeterministicTag = "py-deterministic"
+
+// Deterministic is a runner on the shared stores, whose machines have their
+// sockets in a directory of the test's own, and the tag of the shared
+// deterministic snapshot of the shared image: made anew if there is none, or if
+// it is of another image or engine. Tests must not change it.
+func Deterministic(t testing.TB, parallel int) *deterministic.Runner {
+	t.Helper()
+	img := Image(t)
+	store, err := snapshot.Open(filepath.Join(StateDir(t), "snapshots"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "td") //nolint:usetesting // sockets need a short path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if removeErr := os.RemoveAll(dir); removeErr != nil {
+			t.Error(removeErr)
+		}
+	})
+	runner, err := deterministic.New(deterministic.Config{
+		Dir: dir, Engine: Engine(t), Snapshots: store, Images: Images(t), Parallel: parallel,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(runner.Close)
+	lock, err := durable.Lock(t.Context(), filepath.Join(StateDir(t), "snapshot.lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if unlockErr := durable.Unlock(lock); unlockErr != nil {
+			t.Error(unlockErr)
+		}
+	}()
+	snap, err := store.Resolve(DeterministicTag)
+	if err == nil && snap.Manifest.Image == img.Digest && snap.Manifest.EngineVersion == Engine(t).Version() && hasImports(snap) {
+		return runner
+	}
+	_, err = runner.Build(t.Context(), deterministic.BuildRequest{
+		Tag: DeterministicTag, Image: img.Digest, Imports: Imports(), Replace: true,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return runner
 }

@@ -13,9 +13,268 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"time"
 
 	"github.com/oapi-codegen/runtime"
 )
+
+// Defines values for AuditBlockRequestVerdict.
+const (
+	AuditBlockRequestVerdictPassed   AuditBlockRequestVerdict = "passed"
+	AuditBlockRequestVerdictRejected AuditBlockRequestVerdict = "rejected"
+)
+
+// Valid indicates whether the value is a known member of the AuditBlockRequestVerdict enum.
+func (e AuditBlockRequestVerdict) Valid() bool {
+	switch e {
+	case AuditBlockRequestVerdictPassed:
+		return true
+	case AuditBlockRequestVerdictRejected:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockCognitiveLoad.
+const (
+	BlockCognitiveLoadHigh   BlockCognitiveLoad = "High"
+	BlockCognitiveLoadLow    BlockCognitiveLoad = "Low"
+	BlockCognitiveLoadMedium BlockCognitiveLoad = "Medium"
+)
+
+// Valid indicates whether the value is a known member of the BlockCognitiveLoad enum.
+func (e BlockCognitiveLoad) Valid() bool {
+	switch e {
+	case BlockCognitiveLoadHigh:
+		return true
+	case BlockCognitiveLoadLow:
+		return true
+	case BlockCognitiveLoadMedium:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockMinimumTrustLevel.
+const (
+	BlockMinimumTrustLevelOne   BlockMinimumTrustLevel = "One"
+	BlockMinimumTrustLevelThree BlockMinimumTrustLevel = "Three"
+	BlockMinimumTrustLevelTwo   BlockMinimumTrustLevel = "Two"
+	BlockMinimumTrustLevelZero  BlockMinimumTrustLevel = "Zero"
+)
+
+// Valid indicates whether the value is a known member of the BlockMinimumTrustLevel enum.
+func (e BlockMinimumTrustLevel) Valid() bool {
+	switch e {
+	case BlockMinimumTrustLevelOne:
+		return true
+	case BlockMinimumTrustLevelThree:
+		return true
+	case BlockMinimumTrustLevelTwo:
+		return true
+	case BlockMinimumTrustLevelZero:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockStatus.
+const (
+	BlockStatusDisputed    BlockStatus = "disputed"
+	BlockStatusQuarantined BlockStatus = "quarantined"
+	BlockStatusScored      BlockStatus = "scored"
+	BlockStatusUnproven    BlockStatus = "unproven"
+)
+
+// Valid indicates whether the value is a known member of the BlockStatus enum.
+func (e BlockStatus) Valid() bool {
+	switch e {
+	case BlockStatusDisputed:
+		return true
+	case BlockStatusQuarantined:
+		return true
+	case BlockStatusScored:
+		return true
+	case BlockStatusUnproven:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockDetailCognitiveLoad.
+const (
+	BlockDetailCognitiveLoadHigh   BlockDetailCognitiveLoad = "High"
+	BlockDetailCognitiveLoadLow    BlockDetailCognitiveLoad = "Low"
+	BlockDetailCognitiveLoadMedium BlockDetailCognitiveLoad = "Medium"
+)
+
+// Valid indicates whether the value is a known member of the BlockDetailCognitiveLoad enum.
+func (e BlockDetailCognitiveLoad) Valid() bool {
+	switch e {
+	case BlockDetailCognitiveLoadHigh:
+		return true
+	case BlockDetailCognitiveLoadLow:
+		return true
+	case BlockDetailCognitiveLoadMedium:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockDetailMinimumTrustLevel.
+const (
+	BlockDetailMinimumTrustLevelOne   BlockDetailMinimumTrustLevel = "One"
+	BlockDetailMinimumTrustLevelThree BlockDetailMinimumTrustLevel = "Three"
+	BlockDetailMinimumTrustLevelTwo   BlockDetailMinimumTrustLevel = "Two"
+	BlockDetailMinimumTrustLevelZero  BlockDetailMinimumTrustLevel = "Zero"
+)
+
+// Valid indicates whether the value is a known member of the BlockDetailMinimumTrustLevel enum.
+func (e BlockDetailMinimumTrustLevel) Valid() bool {
+	switch e {
+	case BlockDetailMinimumTrustLevelOne:
+		return true
+	case BlockDetailMinimumTrustLevelThree:
+		return true
+	case BlockDetailMinimumTrustLevelTwo:
+		return true
+	case BlockDetailMinimumTrustLevelZero:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockDetailStatus.
+const (
+	BlockDetailStatusDisputed    BlockDetailStatus = "disputed"
+	BlockDetailStatusQuarantined BlockDetailStatus = "quarantined"
+	BlockDetailStatusScored      BlockDetailStatus = "scored"
+	BlockDetailStatusUnproven    BlockDetailStatus = "unproven"
+)
+
+// Valid indicates whether the value is a known member of the BlockDetailStatus enum.
+func (e BlockDetailStatus) Valid() bool {
+	switch e {
+	case BlockDetailStatusDisputed:
+		return true
+	case BlockDetailStatusQuarantined:
+		return true
+	case BlockDetailStatusScored:
+		return true
+	case BlockDetailStatusUnproven:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockEvidenceKind.
+const (
+	BlockEvidenceKindAudit     BlockEvidenceKind = "audit"
+	BlockEvidenceKindStatement BlockEvidenceKind = "statement"
+)
+
+// Valid indicates whether the value is a known member of the BlockEvidenceKind enum.
+func (e BlockEvidenceKind) Valid() bool {
+	switch e {
+	case BlockEvidenceKindAudit:
+		return true
+	case BlockEvidenceKindStatement:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockEvidenceVerdict.
+const (
+	BlockEvidenceVerdictMismatch BlockEvidenceVerdict = "mismatch"
+	BlockEvidenceVerdictPassed   BlockEvidenceVerdict = "passed"
+	BlockEvidenceVerdictRejected BlockEvidenceVerdict = "rejected"
+	BlockEvidenceVerdictVerified BlockEvidenceVerdict = "verified"
+)
+
+// Valid indicates whether the value is a known member of the BlockEvidenceVerdict enum.
+func (e BlockEvidenceVerdict) Valid() bool {
+	switch e {
+	case BlockEvidenceVerdictMismatch:
+		return true
+	case BlockEvidenceVerdictPassed:
+		return true
+	case BlockEvidenceVerdictRejected:
+		return true
+	case BlockEvidenceVerdictVerified:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockRequirementKind.
+const (
+	BlockRequirementKindBuild   BlockRequirementKind = "Build"
+	BlockRequirementKindRuntime BlockRequirementKind = "Runtime"
+)
+
+// Valid indicates whether the value is a known member of the BlockRequirementKind enum.
+func (e BlockRequirementKind) Valid() bool {
+	switch e {
+	case BlockRequirementKindBuild:
+		return true
+	case BlockRequirementKindRuntime:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockRunStatus.
+const (
+	BlockRunStatusFailed    BlockRunStatus = "failed"
+	BlockRunStatusSucceeded BlockRunStatus = "succeeded"
+)
+
+// Valid indicates whether the value is a known member of the BlockRunStatus enum.
+func (e BlockRunStatus) Valid() bool {
+	switch e {
+	case BlockRunStatusFailed:
+		return true
+	case BlockRunStatusSucceeded:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for BlockTrustStatus.
+const (
+	BlockTrustStatusDisputed    BlockTrustStatus = "disputed"
+	BlockTrustStatusQuarantined BlockTrustStatus = "quarantined"
+	BlockTrustStatusScored      BlockTrustStatus = "scored"
+	BlockTrustStatusUnproven    BlockTrustStatus = "unproven"
+)
+
+// Valid indicates whether the value is a known member of the BlockTrustStatus enum.
+func (e BlockTrustStatus) Valid() bool {
+	switch e {
+	case BlockTrustStatusDisputed:
+		return true
+	case BlockTrustStatusQuarantined:
+		return true
+	case BlockTrustStatusScored:
+		return true
+	case BlockTrustStatusUnproven:
+		return true
+	default:
+		return false
+	}
+}
 
 // Defines values for BranchRequestMode.
 const (
@@ -254,6 +513,27 @@ func (e SnapshotStatus) Valid() bool {
 	}
 }
 
+// Defines values for SnapshotVerificationResult.
+const (
+	SnapshotVerificationResultCannotCompare SnapshotVerificationResult = "cannot compare"
+	SnapshotVerificationResultMismatch      SnapshotVerificationResult = "mismatch"
+	SnapshotVerificationResultVerified      SnapshotVerificationResult = "verified"
+)
+
+// Valid indicates whether the value is a known member of the SnapshotVerificationResult enum.
+func (e SnapshotVerificationResult) Valid() bool {
+	switch e {
+	case SnapshotVerificationResultCannotCompare:
+		return true
+	case SnapshotVerificationResultMismatch:
+		return true
+	case SnapshotVerificationResultVerified:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for VersionAPI.
 const (
 	VersionAPIV1 VersionAPI = "v1"
@@ -289,6 +569,291 @@ func (e WorkspaceStatus) Valid() bool {
 		return false
 	}
 }
+
+// AddBlockRequest A block to publish.
+type AddBlockRequest struct {
+	// File The text of its file, block.toml: docs/formats/block.md.
+	File string `json:"file"`
+}
+
+// AuditBlockRequest What looking at a block has shown.
+type AuditBlockRequest struct {
+	// Lift The mismatches so far are explained: end the quarantine. With `passed` only.
+	Lift bool `json:"lift,omitempty"`
+
+	// Note One line.
+	Note    string                   `json:"note,omitempty"`
+	Verdict AuditBlockRequestVerdict `json:"verdict"`
+}
+
+// AuditBlockRequestVerdict defines model for AuditBlockRequest.Verdict.
+type AuditBlockRequestVerdict string
+
+// AuditFile A sealed file of the audit log.
+type AuditFile struct {
+	// File Its name, in the log's directory.
+	File string `json:"file"`
+
+	// First The number of its first line.
+	First int64 `json:"first"`
+	Last  int64 `json:"last"`
+}
+
+// Block A unit of work with a name and a version.
+type Block struct {
+	AddedAt       string             `json:"added_at,omitempty"`
+	Author        string             `json:"author"`
+	CognitiveLoad BlockCognitiveLoad `json:"cognitive_load"`
+	Command       []string           `json:"command"`
+
+	// ComposedOf The blocks that it is made of, each `NAME@VERSION#DIGEST`.
+	ComposedOf  []string `json:"composed_of"`
+	Description string   `json:"description"`
+
+	// Digest The SHA-256 of its file.
+	Digest string `json:"digest"`
+
+	// ID A UUID.
+	ID string `json:"id"`
+
+	// Image or an image,
+	Image string `json:"image,omitempty"`
+
+	// MinimumTrustLevel Nobody below it runs the block.
+	MinimumTrustLevel BlockMinimumTrustLevel `json:"minimum_trust_level"`
+	Name              string                 `json:"name"`
+	Provides          []BlockCapability      `json:"provides"`
+	Published         bool                   `json:"published"`
+
+	// Publisher Who has published it.
+	Publisher string             `json:"publisher,omitempty"`
+	Requires  []BlockRequirement `json:"requires"`
+
+	// Score From 0 to 1.
+	Score float64 `json:"score"`
+
+	// Snapshot or a snapshot.
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// Source What it runs on: a source of images,
+	Source  string      `json:"source,omitempty"`
+	Status  BlockStatus `json:"status"`
+	Version string      `json:"version"`
+}
+
+// BlockCognitiveLoad defines model for Block.CognitiveLoad.
+type BlockCognitiveLoad string
+
+// BlockMinimumTrustLevel Nobody below it runs the block.
+type BlockMinimumTrustLevel string
+
+// BlockStatus defines model for Block.Status.
+type BlockStatus string
+
+// BlockCapability What a block gives to others.
+type BlockCapability struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+}
+
+// BlockDetail All that there is of a block.
+type BlockDetail struct {
+	AddedAt       string                   `json:"added_at,omitempty"`
+	Author        string                   `json:"author"`
+	CognitiveLoad BlockDetailCognitiveLoad `json:"cognitive_load"`
+	Command       []string                 `json:"command"`
+
+	// ComposedOf The blocks that it is made of, each `NAME@VERSION#DIGEST`.
+	ComposedOf  []string `json:"composed_of"`
+	Description string   `json:"description"`
+
+	// Digest The SHA-256 of its file.
+	Digest string `json:"digest"`
+
+	// File Its file, byte for byte: docs/formats/block.md.
+	File string `json:"file"`
+
+	// ID A UUID.
+	ID string `json:"id"`
+
+	// Image or an image,
+	Image string `json:"image,omitempty"`
+
+	// MinimumTrustLevel Nobody below it runs the block.
+	MinimumTrustLevel BlockDetailMinimumTrustLevel `json:"minimum_trust_level"`
+	Name              string                       `json:"name"`
+	Provides          []BlockCapability            `json:"provides"`
+	Published         bool                         `json:"published"`
+
+	// Publisher Who has published it.
+	Publisher string             `json:"publisher,omitempty"`
+	Requires  []BlockRequirement `json:"requires"`
+
+	// Score From 0 to 1.
+	Score float64 `json:"score"`
+
+	// Snapshot or a snapshot.
+	Snapshot string `json:"snapshot,omitempty"`
+
+	// Source What it runs on: a source of images,
+	Source  string            `json:"source,omitempty"`
+	Status  BlockDetailStatus `json:"status"`
+	Version string            `json:"version"`
+}
+
+// BlockDetailCognitiveLoad defines model for BlockDetail.CognitiveLoad.
+type BlockDetailCognitiveLoad string
+
+// BlockDetailMinimumTrustLevel Nobody below it runs the block.
+type BlockDetailMinimumTrustLevel string
+
+// BlockDetailStatus defines model for BlockDetail.Status.
+type BlockDetailStatus string
+
+// BlockEvidence A piece of what is known of a block.
+type BlockEvidence struct {
+	At string `json:"at"`
+	ID string `json:"id"`
+
+	// Key Who says it.
+	Key  string            `json:"key"`
+	Kind BlockEvidenceKind `json:"kind"`
+
+	// Lift It lifts a quarantine.
+	Lift bool   `json:"lift,omitempty"`
+	Note string `json:"note,omitempty"`
+
+	// Record The record that was run again.
+	Record string `json:"record,omitempty"`
+
+	// Runs How many runs came to the verdict.
+	Runs int `json:"runs,omitempty"`
+
+	// Signer Who had signed that.
+	Signer  string               `json:"signer,omitempty"`
+	Verdict BlockEvidenceVerdict `json:"verdict"`
+	Weight  float64              `json:"weight"`
+
+	// Why Why it weighs no more.
+	Why string `json:"why,omitempty"`
+}
+
+// BlockEvidenceKind defines model for BlockEvidence.Kind.
+type BlockEvidenceKind string
+
+// BlockEvidenceVerdict defines model for BlockEvidence.Verdict.
+type BlockEvidenceVerdict string
+
+// BlockProvider Who provides a capability.
+type BlockProvider struct {
+	Capability string `json:"capability"`
+
+	// Provider `NAME@VERSION#DIGEST`.
+	Provider string `json:"provider"`
+}
+
+// BlockRequirement A capability that a block needs, from whichever block provides it.
+type BlockRequirement struct {
+	Kind BlockRequirementKind `json:"kind"`
+	Name string               `json:"name"`
+
+	// Version A range, as in `>= 2.39, < 3`.
+	Version string `json:"version"`
+}
+
+// BlockRequirementKind defines model for BlockRequirement.Kind.
+type BlockRequirementKind string
+
+// BlockRun What a run of a block came to.
+type BlockRun struct {
+	// Block `NAME@VERSION#DIGEST`.
+	Block string `json:"block"`
+
+	// CanonicalHash In the scheme tine-v1, of the output under the block's rules.
+	CanonicalHash string `json:"canonical_hash"`
+
+	// ExitCode -1 where there is none.
+	ExitCode int `json:"exit_code"`
+
+	// Failure `timed out`, `output limit`, `out of memory`, `not found` or `not executable`.
+	Failure string `json:"failure,omitempty"`
+
+	// Files The files that were to be read, and were there.
+	Files []BlockRunFile `json:"files"`
+
+	// Forge An execution in the form that Forge exchanges.
+	Forge ForgeExecution `json:"forge"`
+
+	// ForgeInputHash In the scheme forge-v1.
+	ForgeInputHash string `json:"forge_input_hash"`
+
+	// ForgeOutputHash In the scheme forge-v1.
+	ForgeOutputHash string `json:"forge_output_hash"`
+
+	// InputHash In the scheme tine-v1.
+	InputHash string `json:"input_hash"`
+
+	// OutputHash In the scheme tine-v1.
+	OutputHash string `json:"output_hash"`
+
+	// Reason Why it has failed.
+	Reason   string `json:"reason,omitempty"`
+	RecordID string `json:"record_id"`
+
+	// Requires Who provides what the block requires.
+	Requires []BlockProvider `json:"requires"`
+
+	// Signal The signal that ended it, as in `SIGKILL`.
+	Signal string `json:"signal,omitempty"`
+
+	// Snapshot The digest of what it ran in.
+	Snapshot string         `json:"snapshot"`
+	Status   BlockRunStatus `json:"status"`
+
+	// Stderr In base64.
+	Stderr []byte `json:"stderr"`
+
+	// Stdout In base64.
+	Stdout []byte `json:"stdout"`
+
+	// VirtualMS By the guest's clock.
+	VirtualMS float64 `json:"virtual_ms"`
+
+	// WallMS By the host's.
+	WallMS float64 `json:"wall_ms"`
+}
+
+// BlockRunStatus defines model for BlockRun.Status.
+type BlockRunStatus string
+
+// BlockRunFile A file that a run has left.
+type BlockRunFile struct {
+	Data []byte `json:"data"`
+	Mode int    `json:"mode"`
+	Path string `json:"path"`
+}
+
+// BlockTrust How far a block can be trusted, and why.
+type BlockTrust struct {
+	// Against The weight of what speaks against it.
+	Against float64 `json:"against"`
+
+	// Block `NAME@VERSION#DIGEST`.
+	Block string `json:"block"`
+
+	// Evidence In the order in which it came.
+	Evidence []BlockEvidence `json:"evidence"`
+
+	// For The weight of what speaks for it.
+	For float64 `json:"for"`
+
+	// Score From 0 to 1: docs/blocks.md has the formula.
+	Score  float64          `json:"score"`
+	Status BlockTrustStatus `json:"status"`
+}
+
+// BlockTrustStatus defines model for BlockTrust.Status.
+type BlockTrustStatus string
 
 // BranchRequest How to branch.
 type BranchRequest struct {
@@ -407,6 +972,15 @@ type CreateSandboxesRequestIdleAction string
 
 // CreateSnapshotRequest A snapshot to make.
 type CreateSnapshotRequest struct {
+	// BootWaitSecs At most 60. The snapshot is taken as soon as the guest is ready, so it says nothing else.
+	BootWaitSecs int `json:"boot_wait_secs,omitempty"`
+
+	// ClockShift With deterministic: an instruction takes 2 to this power nanoseconds of the guest's time (default 2).
+	ClockShift *int `json:"clock_shift,omitempty"`
+
+	// Deterministic Make a snapshot for deterministic runs: making it again gives the same bytes. Its machine has one processor and no disk.
+	Deterministic bool `json:"deterministic,omitempty"`
+
 	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
 	DiskMiB int `json:"disk_mib,omitempty"`
 
@@ -416,20 +990,38 @@ type CreateSnapshotRequest struct {
 	// Imports Modules to load into the warm interpreters.
 	Imports []string `json:"imports,omitempty"`
 
-	// Kernel Not served yet.
+	// Kernel Path of a kernel on the daemon's host, with rootfs. It must be there, and is not booted: Tine has its own.
 	Kernel    string `json:"kernel,omitempty"`
 	MemoryMiB int    `json:"memory_mib,omitempty"`
 
 	// Replace Move the tag if it exists.
 	Replace bool `json:"replace,omitempty"`
 
-	// Rootfs Not served yet.
+	// Rootfs Instead of an image, as forkd's clients ask: the path, on the daemon's host, of a file with an ext2, ext3 or ext4 filesystem. It is read, and an image made of it; nothing is ever written to it. Without memory_mib and vcpus the machine then has 512 MiB and 2.
 	Rootfs string `json:"rootfs,omitempty"`
-	Tag    string `json:"tag"`
-	VCPUs  int    `json:"vcpus,omitempty"`
+
+	// Rw Every root filesystem can be written to, and what is written is the sandbox's own.
+	Rw  bool   `json:"rw,omitempty"`
+	Tag string `json:"tag"`
+
+	// Tap It is not used: guests have no network device of the host.
+	Tap   string `json:"tap,omitempty"`
+	VCPUs int    `json:"vcpus,omitempty"`
 
 	// Warmup Commands to run, each by `sh -c`, after the image's own.
 	Warmup []string `json:"warmup,omitempty"`
+}
+
+// CreateTokenRequest A token to make.
+type CreateTokenRequest struct {
+	MaxSandboxes int `json:"max_sandboxes,omitempty"`
+
+	// Name 1 to 32 of a-z, 0-9 and -, beginning with a letter.
+	Name string `json:"name"`
+
+	// Scope read, fork or admin; absent means fork.
+	Scope string `json:"scope,omitempty"`
+	Sign  bool   `json:"sign,omitempty"`
 }
 
 // CreateWorkspaceRequest A workspace to make.
@@ -444,6 +1036,18 @@ type CreateWorkspaceRequest struct {
 
 	// SnapshotTag A snapshot's tag or digest.
 	SnapshotTag string `json:"snapshot_tag"`
+}
+
+// CreatedToken A new token, this once.
+type CreatedToken struct {
+	CreatedAt    time.Time `json:"created_at"`
+	MaxSandboxes int       `json:"max_sandboxes,omitempty"`
+	Name         string    `json:"name"`
+	Scope        string    `json:"scope"`
+	Sign         bool      `json:"sign,omitempty"`
+
+	// Token The token itself.
+	Token string `json:"token"`
 }
 
 // Diff In what two nodes differ.
@@ -476,6 +1080,16 @@ type DiffEntry struct {
 
 // DiffEntryChange defines model for DiffEntry.Change.
 type DiffEntryChange string
+
+// DigestPair A file of a snapshot, and what it is when it is made again.
+type DigestPair struct {
+	// Is The digest of the one that was made now.
+	Is   string `json:"is"`
+	Same bool   `json:"same"`
+
+	// Was The digest of the file that was kept.
+	Was string `json:"was"`
+}
 
 // DoctorCheck One thing that was examined.
 type DoctorCheck struct {
@@ -652,6 +1266,18 @@ type FileInfo struct {
 // FileInfoType defines model for FileInfo.Type.
 type FileInfoType string
 
+// ForgeBlock A block in the form that Forge exchanges.
+type ForgeBlock struct {
+	Author        string                 `json:"author"`
+	ComposedOf    []string               `json:"composed_of"`
+	CreatedAt     time.Time              `json:"created_at"`
+	ID            string                 `json:"id"`
+	Manifest      map[string]interface{} `json:"manifest"`
+	NixDerivation string                 `json:"nix_derivation"`
+	TrustScore    float64                `json:"trust_score"`
+	UpdatedAt     time.Time              `json:"updated_at"`
+}
+
 // ForgeCreate Asks Forge's gateway for a sandbox.
 type ForgeCreate struct {
 	// Runtime node, python or shell. It is checked, and changes nothing.
@@ -665,6 +1291,9 @@ type ForgeExecute struct {
 	// Runtime node (`node -e`), python (`python3 -c`) or shell (`sh -c`).
 	Runtime string `json:"runtime"`
 }
+
+// ForgeExecution An execution in the form that Forge exchanges.
+type ForgeExecution = json.RawMessage
 
 // ForgeHealth A sign of life, as Forge's gateway gives it.
 type ForgeHealth struct {
@@ -725,7 +1354,9 @@ type GCReport struct {
 
 // Health A sign of life.
 type Health struct {
-	OK bool `json:"ok"`
+	// Degraded Why nothing can be done but what changes nothing: the audit log cannot be written. Absent when all is well.
+	Degraded string `json:"degraded,omitempty"`
+	OK       bool   `json:"ok"`
 }
 
 // Image A root file system, a kernel and an initramfs to boot it with.
@@ -767,7 +1398,10 @@ type Node struct {
 	ChainDepth   int    `json:"chain_depth"`
 
 	// CreatedAtUnix 0 where no tag says.
-	CreatedAtUnix int64  `json:"created_at_unix"`
+	CreatedAtUnix int64 `json:"created_at_unix"`
+
+	// Deterministic Runs in it come to the same every time. It has no forks.
+	Deterministic bool   `json:"deterministic,omitempty"`
 	Digest        string `json:"digest"`
 
 	// DiskBytes What it takes on disk itself, without those under it.
@@ -781,9 +1415,12 @@ type Node struct {
 	Sandboxes []string `json:"sandboxes"`
 
 	// Tag The first of its tags, or empty.
-	Tag     string   `json:"tag"`
-	Tags    []string `json:"tags"`
-	Warning string   `json:"warning,omitempty"`
+	Tag  string   `json:"tag"`
+	Tags []string `json:"tags"`
+
+	// TwinOf The tag of the snapshot that this one stands for in deterministic runs; the digest where that is gone.
+	TwinOf  string `json:"twin_of,omitempty"`
+	Warning string `json:"warning,omitempty"`
 }
 
 // PTYSize A terminal's size.
@@ -845,11 +1482,14 @@ type ProgressEvent struct {
 	Total int64 `json:"total,omitempty"`
 }
 
-// ProgressLine One line of a streamed answer. It has `progress`, or it is the last and has `result` or `error`.
+// ProgressLine One line of a streamed answer. It has `progress`, or `output` of a run, or it is the last and has `result` or `error`.
 type ProgressLine struct {
 	Code  string `json:"code,omitempty"`
 	Error string `json:"error,omitempty"`
 	Hint  string `json:"hint,omitempty"`
+
+	// Output What a command wrote: `text`, or `base64` where it is not UTF-8.
+	Output *RunOutput `json:"output,omitempty"`
 
 	// Progress A piece of news of long work.
 	Progress *ProgressEvent `json:"progress,omitempty"`
@@ -882,10 +1522,253 @@ type PruneRequest struct {
 	KeepLast *int `json:"keep_last"`
 }
 
+// Record What a record says. Nothing of it is proven here; see `POST /v1/verify`.
+type Record struct {
+	// Args Absent for who has scope read only.
+	Args                []string `json:"args,omitempty"`
+	Block               string   `json:"block,omitempty"`
+	CanonicalOutputHash string   `json:"canonical_output_hash,omitempty"`
+	CreatedAt           string   `json:"created_at"`
+	Digest              string   `json:"digest"`
+	Engine              string   `json:"engine"`
+	EngineVersion       string   `json:"engine_version"`
+
+	// Envelope The record itself, in a DSSE envelope; only in `GET /v1/records/{id}`.
+	Envelope json.RawMessage `json:"envelope,omitempty"`
+
+	// ExitCode As in `RunResult`.
+	ExitCode int64  `json:"exit_code"`
+	Failure  string `json:"failure,omitempty"`
+
+	// Files The paths of those that were collected; absent as `args`.
+	Files []string `json:"files,omitempty"`
+
+	// ForgeOutputHash Of scheme forge-v1.
+	ForgeOutputHash string `json:"forge_output_hash,omitempty"`
+	ID              string `json:"id"`
+	InputHash       string `json:"input_hash"`
+	KeyID           string `json:"key_id"`
+	MemoryDigest    string `json:"memory_digest,omitempty"`
+	Mode            string `json:"mode"`
+	OutputHash      string `json:"output_hash"`
+
+	// Parent The record that this one repeats or follows.
+	Parent string `json:"parent,omitempty"`
+	Seed   string `json:"seed,omitempty"`
+
+	// Seq Its place in the chain.
+	Seq    int64  `json:"seq"`
+	Signal string `json:"signal,omitempty"`
+
+	// Snapshot A digest.
+	Snapshot    string `json:"snapshot"`
+	SnapshotTag string `json:"snapshot_tag,omitempty"`
+	Start       string `json:"start,omitempty"`
+	StartedAt   string `json:"started_at"`
+	StderrBytes int64  `json:"stderr_bytes,omitempty"`
+	StdoutBytes int64  `json:"stdout_bytes,omitempty"`
+
+	// User Who asked for the run.
+	User      string  `json:"user,omitempty"`
+	VirtualNS int64   `json:"virtual_ns"`
+	WallMS    float64 `json:"wall_ms"`
+}
+
+// RecordCheck What is in a store of records, and what is wrong with it.
+type RecordCheck struct {
+	// LastDigest Kept elsewhere, with `last_seq`, it proves later that all up to here was left alone.
+	LastDigest string          `json:"last_digest"`
+	LastSeq    int64           `json:"last_seq"`
+	OK         bool            `json:"ok"`
+	Problems   []RecordProblem `json:"problems"`
+	Records    int64           `json:"records"`
+}
+
+// RecordKey A public key.
+type RecordKey struct {
+	// ID The digest of its SubjectPublicKeyInfo.
+	ID  string `json:"id"`
+	Pem string `json:"pem"`
+}
+
+// RecordPage A part of the list of records.
+type RecordPage struct {
+	// NextBefore The `before` of the next page; absent after the last.
+	NextBefore int64    `json:"next_before,omitempty"`
+	Records    []Record `json:"records"`
+
+	// Unreadable Files of records that cannot be read: `GET /v1/records/check` says why.
+	Unreadable []string `json:"unreadable,omitempty"`
+}
+
+// RecordProblem A place where a store is not what was written.
+type RecordProblem struct {
+	Detail string `json:"detail"`
+	File   string `json:"file"`
+	Kind   string `json:"kind"`
+	Seq    int64  `json:"seq,omitempty"`
+}
+
 // RollbackRequest Where to go back to.
 type RollbackRequest struct {
 	// To A node's tag or digest.
 	To string `json:"to"`
+}
+
+// RunBlockFileRequest A block that is not published, and how to run it.
+type RunBlockFileRequest struct {
+	// File The text of its file.
+	File string `json:"file"`
+
+	// Seed In place of the block's own, 0 or more.
+	Seed *int64 `json:"seed,omitempty"`
+
+	// Start The guest's clock in place of the block's own, in RFC 3339.
+	Start string `json:"start,omitempty"`
+
+	// Stdin Input in place of the block's own.
+	Stdin *string `json:"stdin,omitempty"`
+
+	// StdinBase64 The same for what is no text.
+	StdinBase64 *string `json:"stdin_base64,omitempty"`
+}
+
+// RunBlockRequest How to run a block.
+type RunBlockRequest struct {
+	// Quarantined Run it although it is in quarantine, to find out about it. Takes trust level `Two`.
+	Quarantined bool `json:"quarantined,omitempty"`
+
+	// Seed In place of the block's own, 0 or more.
+	Seed *int64 `json:"seed,omitempty"`
+
+	// Start The guest's clock in place of the block's own, in RFC 3339.
+	Start string `json:"start,omitempty"`
+
+	// Stdin Input in place of the block's own.
+	Stdin *string `json:"stdin,omitempty"`
+
+	// StdinBase64 The same for what is no text.
+	StdinBase64 *string `json:"stdin_base64,omitempty"`
+}
+
+// RunFile A file that goes into a guest, or comes out of it.
+type RunFile struct {
+	// Data Absent for an empty file.
+	Data []byte `json:"data_base64,omitempty"`
+
+	// Mode Permission bits, in octal; default `0644`.
+	Mode string `json:"mode,omitempty"`
+
+	// Path Absolute and clean.
+	Path string `json:"path"`
+}
+
+// RunLimits What ends a run that goes too far. Absent, or 0, is the default.
+type RunLimits struct {
+	// OutputBytes Of stdout and stderr together; default 8 MiB, at most 128 MiB.
+	OutputBytes int64 `json:"output_bytes,omitempty"`
+
+	// VirtualMS By the guest's clock, exactly; default 5 minutes.
+	VirtualMS int64 `json:"virtual_ms,omitempty"`
+
+	// WallMS By the host's clock: a run that is ended so has no outcome, unless it is normal; default 10 minutes.
+	WallMS int64 `json:"wall_ms,omitempty"`
+}
+
+// RunOutput What a command wrote: `text`, or `base64` where it is not UTF-8.
+type RunOutput struct {
+	Base64 []byte `json:"base64,omitempty"`
+	Stream string `json:"stream"`
+	Text   string `json:"text,omitempty"`
+}
+
+// RunRequest A command, and all that its outcome is a function of.
+type RunRequest struct {
+	Args []string `json:"args"`
+
+	// Collect Paths of files that are read when the command has ended, where they are there.
+	Collect []string `json:"collect,omitempty"`
+
+	// Cwd The working directory; `/root` where there is none.
+	Cwd string            `json:"cwd,omitempty"`
+	Env map[string]string `json:"env,omitempty"`
+
+	// Files Files that are written before the command starts; at most 64 MiB.
+	Files []RunFile `json:"files,omitempty"`
+
+	// Limits What ends a run that goes too far. Absent, or 0, is the default.
+	Limits RunLimits `json:"limits,omitempty"`
+
+	// MemoryDigest Record the digest of the guest's memory at the end.
+	MemoryDigest bool   `json:"memory_digest,omitempty"`
+	Mode         string `json:"mode,omitempty"`
+
+	// Rules Names of rules that say what of the output does not count: docs/formats/record.md.
+	Rules RunRules `json:"rules,omitempty"`
+
+	// Seed What the guest's random numbers are made of: 0 to 2^64-1, as text or as a number. Many clients cannot write large numbers.
+	Seed json.RawMessage `json:"seed,omitempty"`
+
+	// Snapshot A tag or a digest.
+	Snapshot string `json:"snapshot"`
+
+	// Start The guest's clock when the command starts; 2025-01-01T00:00:00Z where there is none.
+	Start string `json:"start,omitempty"`
+	Stdin string `json:"stdin,omitempty"`
+
+	// StdinBase64 The same, for bytes that are no text. At most 64 MiB.
+	StdinBase64 []byte `json:"stdin_base64,omitempty"`
+}
+
+// RunResult What a command came to, and the record of it.
+type RunResult struct {
+	// CanonicalOutputHash Of what the rules leave of the output.
+	CanonicalOutputHash string `json:"canonical_output_hash,omitempty"`
+
+	// Digest The record's, by which the next one names it.
+	Digest string `json:"digest"`
+
+	// ExitCode The command's own; minus the signal's number when a signal ended it; 127, 126 or 124 where `failure` says that it was not found, cannot be executed, or ran out of time. The record has -1 for all but the first.
+	ExitCode int64 `json:"exit_code"`
+
+	// Failure `not found`, `not executable`, `timed out`, `output limit` or `out of memory`.
+	Failure string    `json:"failure,omitempty"`
+	Files   []RunFile `json:"files,omitempty"`
+
+	// ID The record's.
+	ID string `json:"id"`
+
+	// InputHash Of scheme tine-v1, as the next two.
+	InputHash    string `json:"input_hash"`
+	MemoryDigest string `json:"memory_digest,omitempty"`
+	Mode         string `json:"mode"`
+	OutputHash   string `json:"output_hash"`
+
+	// Record The record: an in-toto statement in a DSSE envelope.
+	Record json.RawMessage `json:"record"`
+	Seed   string          `json:"seed"`
+	Signal string          `json:"signal,omitempty"`
+
+	// Snapshot The digest of the snapshot that it ran in; of a twin its own.
+	Snapshot     string `json:"snapshot"`
+	SnapshotTag  string `json:"snapshot_tag,omitempty"`
+	Start        string `json:"start,omitempty"`
+	Stderr       string `json:"stderr,omitempty"`
+	StderrBase64 []byte `json:"stderr_base64,omitempty"`
+	Stdout       string `json:"stdout,omitempty"`
+
+	// StdoutBase64 In place of `stdout`, for bytes that are not UTF-8 or have many control characters.
+	StdoutBase64 []byte `json:"stdout_base64,omitempty"`
+
+	// VirtualNS How long the command took by the guest's clock.
+	VirtualNS int64   `json:"virtual_ns"`
+	WallMS    float64 `json:"wall_ms"`
+}
+
+// RunRules Names of rules that say what of the output does not count: docs/formats/record.md.
+type RunRules struct {
+	Files   []string `json:"files,omitempty"`
+	Streams []string `json:"streams,omitempty"`
 }
 
 // Sandbox A running fork.
@@ -973,7 +1856,9 @@ type SignalRequest struct {
 // Snapshot A machine, warmed up and frozen.
 type Snapshot struct {
 	// Auto Nobody chose its tag: prune may remove it.
-	Auto     bool `json:"auto,omitempty"`
+	Auto bool `json:"auto,omitempty"`
+
+	// Bootable It can be forked.
 	Bootable bool `json:"bootable"`
 
 	// BranchedFrom The sandbox that it was taken of, or `compact:` and the snapshot that it was made from.
@@ -982,9 +1867,15 @@ type Snapshot struct {
 	// ChainDepth How many layers its memory is made of, above a whole one; absent for a whole one.
 	ChainDepth int `json:"chain_depth,omitempty"`
 
+	// ClockShift Of a deterministic one: an instruction takes 2 to this power nanoseconds of the guest's time.
+	ClockShift int `json:"clock_shift,omitempty"`
+
 	// CreatedAt The same in RFC 3339.
 	CreatedAt     string `json:"created_at,omitempty"`
 	CreatedAtUnix int64  `json:"created_at_unix"`
+
+	// Deterministic Runs in it come to the same every time. It has no forks: `POST /v1/runs` runs commands in it.
+	Deterministic bool `json:"deterministic,omitempty"`
 
 	// DiffLogicalBytes How much its pages, of a layer those that differ, hold.
 	DiffLogicalBytes int64 `json:"diff_logical_bytes,omitempty"`
@@ -1024,8 +1915,11 @@ type Snapshot struct {
 	Sandboxes []Sandbox      `json:"sandboxes,omitempty"`
 	Status    SnapshotStatus `json:"status"`
 	Tag       string         `json:"tag"`
-	VCPUs     int            `json:"vcpus,omitempty"`
-	Warning   string         `json:"warning,omitempty"`
+
+	// TwinOf The snapshot that this one stands for in deterministic runs, for which it was made; the tag, or the digest where that is gone.
+	TwinOf  string `json:"twin_of,omitempty"`
+	VCPUs   int    `json:"vcpus,omitempty"`
+	Warning string `json:"warning,omitempty"`
 }
 
 // SnapshotStatus defines model for Snapshot.Status.
@@ -1046,17 +1940,23 @@ type SnapshotDetail struct {
 	// ChainDepth How many layers its memory is made of, above a whole one.
 	ChainDepth int `json:"chain_depth"`
 
+	// ClockShift Of a deterministic one: an instruction takes 2 to this power nanoseconds of the guest's time.
+	ClockShift int `json:"clock_shift,omitempty"`
+
 	// CreatedAt The same in RFC 3339.
 	CreatedAt     string `json:"created_at,omitempty"`
 	CreatedAtUnix int64  `json:"created_at_unix"`
 
 	// Dependents The tags of what was made from it.
-	Dependents        []string `json:"dependents"`
-	DiffLogicalBytes  int64    `json:"diff_logical_bytes,omitempty"`
-	DiffMS            int64    `json:"diff_ms,omitempty"`
-	DiffPhysicalBytes int64    `json:"diff_physical_bytes,omitempty"`
-	Digest            string   `json:"digest"`
-	Dir               string   `json:"dir"`
+	Dependents []string `json:"dependents"`
+
+	// Deterministic Runs in it come to the same every time. It has no forks: `POST /v1/runs` runs commands in it.
+	Deterministic     bool   `json:"deterministic,omitempty"`
+	DiffLogicalBytes  int64  `json:"diff_logical_bytes,omitempty"`
+	DiffMS            int64  `json:"diff_ms,omitempty"`
+	DiffPhysicalBytes int64  `json:"diff_physical_bytes,omitempty"`
+	Digest            string `json:"digest"`
+	Dir               string `json:"dir"`
 
 	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
 	DiskMiB       int    `json:"disk_mib,omitempty"`
@@ -1099,13 +1999,35 @@ type SnapshotDetail struct {
 	Sandboxes []string `json:"sandboxes"`
 
 	// SnapshotMS How long freezing took.
-	SnapshotMS   int64    `json:"snapshot_ms,omitempty"`
-	Tag          string   `json:"tag"`
+	SnapshotMS int64  `json:"snapshot_ms,omitempty"`
+	Tag        string `json:"tag"`
+
+	// TwinOf The snapshot that this one stands for in deterministic runs, for which it was made; the tag, or the digest where that is gone.
+	TwinOf       string   `json:"twin_of,omitempty"`
 	VCPUs        int      `json:"vcpus"`
 	VmstateBytes int64    `json:"vmstate_bytes"`
 	Warmup       []string `json:"warmup"`
 	Warning      string   `json:"warning,omitempty"`
 }
+
+// SnapshotVerification What came of making a snapshot again.
+type SnapshotVerification struct {
+	// Device A file of a snapshot, and what it is when it is made again.
+	Device *DigestPair `json:"device,omitempty"`
+	Digest string      `json:"digest"`
+
+	// Memory A file of a snapshot, and what it is when it is made again.
+	Memory *DigestPair `json:"memory,omitempty"`
+
+	// Missing What it takes to compare, and is not there.
+	Missing []string                   `json:"missing"`
+	Result  SnapshotVerificationResult `json:"result"`
+	Tag     string                     `json:"tag"`
+	TookMS  int64                      `json:"took_ms,omitempty"`
+}
+
+// SnapshotVerificationResult defines model for SnapshotVerification.Result.
+type SnapshotVerificationResult string
 
 // StreamControl A text message from the client after the first. It has one of its fields.
 type StreamControl struct {
@@ -1168,9 +2090,114 @@ type SuspendWorkspaceRequest struct {
 	Diff bool `json:"diff,omitempty"`
 }
 
+// Token What is known of a named token.
+type Token struct {
+	CreatedAt time.Time `json:"created_at"`
+
+	// MaxSandboxes How many sandboxes it may have at once; absent, there is no bound.
+	MaxSandboxes int    `json:"max_sandboxes,omitempty"`
+	Name         string `json:"name"`
+	Scope        string `json:"scope"`
+
+	// Sign It is never sent: requests are signed with it.
+	Sign bool `json:"sign,omitempty"`
+}
+
 // Tree All snapshots, and how they came about.
 type Tree struct {
 	Nodes []Node `json:"nodes"`
+}
+
+// VerifyDifference A difference of two outputs.
+type VerifyDifference struct {
+	Diff  []string `json:"diff,omitempty"`
+	Fresh string   `json:"fresh"`
+
+	// Line The line that it is in, counted from 1.
+	Line int `json:"line,omitempty"`
+
+	// Offset The first byte that differs, counted from 0; absent where it is not known.
+	Offset   *int64 `json:"offset,omitempty"`
+	Recorded string `json:"recorded"`
+	What     string `json:"what"`
+}
+
+// VerifyFinding Something that is wrong with a record.
+type VerifyFinding struct {
+	Detail string `json:"detail"`
+	Kind   string `json:"kind"`
+}
+
+// VerifyHash A hash that was recorded, and that of the fresh run.
+type VerifyHash struct {
+	// Counts The result goes by it.
+	Counts   bool   `json:"counts"`
+	Equal    bool   `json:"equal"`
+	Fresh    string `json:"fresh"`
+	Name     string `json:"name"`
+	Recorded string `json:"recorded"`
+}
+
+// VerifyReport What has become of a verification.
+type VerifyReport struct {
+	// Agreed How many of the runs came to the same.
+	Agreed int    `json:"agreed"`
+	Block  string `json:"block,omitempty"`
+
+	// Chain Whether it stands in the chain of this daemon's records.
+	Chain string `json:"chain,omitempty"`
+
+	// Findings What is wrong with the record.
+	Findings []VerifyFinding `json:"findings"`
+	ID       string          `json:"id,omitempty"`
+
+	// KeyID Who says to have signed it.
+	KeyID string `json:"key_id,omitempty"`
+
+	// Missing What it takes to compare, and is not there.
+	Missing []string `json:"missing"`
+	Mode    string   `json:"mode,omitempty"`
+	Result  string   `json:"result"`
+	Runs    int      `json:"runs"`
+
+	// Verdict What one fresh run has shown, the first that did not agree or the last.
+	Verdict *VerifyVerdict `json:"verdict,omitempty"`
+}
+
+// VerifyRequest A record to look at: one of `id`, `bundle_base64` and `envelope`.
+type VerifyRequest struct {
+	// Believe Keep what is found out as evidence although another has signed; needs scope admin.
+	Believe bool `json:"believe,omitempty"`
+
+	// Bundle What `GET /v1/records/{id}/bundle` has answered, here or elsewhere; at most 143 MiB.
+	Bundle []byte `json:"bundle_base64,omitempty"`
+
+	// Envelope A DSSE envelope
+	Envelope json.RawMessage `json:"envelope,omitempty"`
+
+	// ID A record's of this daemon, or 4 or more characters that it begins with.
+	ID string `json:"id,omitempty"`
+
+	// Keys Public keys, in PEM, that are trusted beside the daemon's own.
+	Keys []string `json:"keys,omitempty"`
+
+	// Offline Run nothing.
+	Offline bool `json:"offline,omitempty"`
+
+	// Runs How often to run it; 0 is once.
+	Runs int `json:"runs,omitempty"`
+}
+
+// VerifyVerdict What one fresh run has shown, the first that did not agree or the last.
+type VerifyVerdict struct {
+	Differences []VerifyDifference `json:"differences,omitempty"`
+	Hashes      []VerifyHash       `json:"hashes"`
+	Missing     []string           `json:"missing,omitempty"`
+	Notes       []string           `json:"notes,omitempty"`
+	Result      string             `json:"result"`
+
+	// Worth What such a result proves.
+	Worth string `json:"worth"`
 }
 
 // Version What a daemon is.
@@ -1211,6 +2238,9 @@ type WorkspaceStatus string
 // After defines model for After.
 type After = string
 
+// BlockRef defines model for BlockRef.
+type BlockRef = string
+
 // IdempotencyKey defines model for IdempotencyKey.
 type IdempotencyKey = string
 
@@ -1223,6 +2253,9 @@ type Limit = int
 // Path defines model for Path.
 type Path = string
 
+// RecordID defines model for RecordID.
+type RecordID = string
+
 // SandboxID defines model for SandboxID.
 type SandboxID = string
 
@@ -1231,6 +2264,26 @@ type Tag = string
 
 // WorkspaceName defines model for WorkspaceName.
 type WorkspaceName = string
+
+// ListBlocksParams defines parameters for ListBlocks.
+type ListBlocksParams struct {
+	// Limit How many to list at most; without it, all.
+	Limit *Limit `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// After List what comes after this, which is the `X-Next-After` of the page before.
+	After After `form:"after,omitempty" json:"after,omitempty"`
+}
+
+// GetBlockParams defines parameters for GetBlock.
+type GetBlockParams struct {
+	// Format `forge` asks for the form that Forge exchanges.
+	Format string `form:"format,omitempty" json:"format,omitempty"`
+}
+
+// GetBlock200JSONResponseBody defines parameters for GetBlock.
+type GetBlock200JSONResponseBody struct {
+	union json.RawMessage
+}
 
 // GetDiffParams defines parameters for GetDiff.
 type GetDiffParams struct {
@@ -1257,6 +2310,33 @@ type ListImagesParams struct {
 
 	// After List what comes after this, which is the `X-Next-After` of the page before.
 	After After `form:"after,omitempty" json:"after,omitempty"`
+}
+
+// ListRecordsParams defines parameters for ListRecords.
+type ListRecordsParams struct {
+	// Limit How many to list at most.
+	Limit int `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Before List those before this number; `next_before` of the page before.
+	Before int64  `form:"before,omitempty" json:"before,omitempty"`
+	Block  string `form:"block,omitempty" json:"block,omitempty"`
+
+	// Snapshot A snapshot's digest, or the tag that it had.
+	Snapshot string `form:"snapshot,omitempty" json:"snapshot,omitempty"`
+	Mode     string `form:"mode,omitempty" json:"mode,omitempty"`
+	User     string `form:"user,omitempty" json:"user,omitempty"`
+
+	// Since Leave out what was signed before.
+	Since string `form:"since,omitempty" json:"since,omitempty"`
+}
+
+// CheckRecordsParams defines parameters for CheckRecords.
+type CheckRecordsParams struct {
+	// Contents Read and hash all contents too; needs scope admin.
+	Contents bool `form:"contents,omitempty" json:"contents,omitempty"`
+
+	// Anchor What a record's digest was, as `SEQ:sha256:HEX`: found are also chains that were written anew since.
+	Anchor []string `form:"anchor,omitempty" json:"anchor,omitempty"`
 }
 
 // ListSandboxesParams defines parameters for ListSandboxes.
@@ -1378,6 +2458,18 @@ type CreateWorkspaceParams struct {
 	IdempotencyKey IdempotencyKey `json:"Idempotency-Key,omitempty"`
 }
 
+// AddBlockJSONRequestBody defines body for AddBlock for application/json ContentType.
+type AddBlockJSONRequestBody = AddBlockRequest
+
+// RunBlockFileJSONRequestBody defines body for RunBlockFile for application/json ContentType.
+type RunBlockFileJSONRequestBody = RunBlockFileRequest
+
+// AuditBlockJSONRequestBody defines body for AuditBlock for application/json ContentType.
+type AuditBlockJSONRequestBody = AuditBlockRequest
+
+// RunBlockJSONRequestBody defines body for RunBlock for application/json ContentType.
+type RunBlockJSONRequestBody = RunBlockRequest
+
 // BuildImageJSONRequestBody defines body for BuildImage for application/json ContentType.
 type BuildImageJSONRequestBody = BuildImageRequest
 
@@ -1420,11 +2512,76 @@ type SetPoolJSONRequestBody = SetPoolRequest
 // PromoteSnapshotJSONRequestBody defines body for PromoteSnapshot for application/json ContentType.
 type PromoteSnapshotJSONRequestBody = PromoteRequest
 
+// CreateTokenJSONRequestBody defines body for CreateToken for application/json ContentType.
+type CreateTokenJSONRequestBody = CreateTokenRequest
+
 // CreateWorkspaceJSONRequestBody defines body for CreateWorkspace for application/json ContentType.
 type CreateWorkspaceJSONRequestBody = CreateWorkspaceRequest
 
 // SuspendWorkspaceJSONRequestBody defines body for SuspendWorkspace for application/json ContentType.
 type SuspendWorkspaceJSONRequestBody = SuspendWorkspaceRequest
+
+// AsBlockDetail returns the union data inside the GetBlock200JSONResponseBody as a BlockDetail
+func (t GetBlock200JSONResponseBody) AsBlockDetail() (BlockDetail, error) {
+	var body BlockDetail
+	err := json.Unmarshal(t.union, &body)
+	return body, err
+}
+
+// FromBlockDetail overwrites any union data inside the GetBlock200JSONResponseBody as the provided BlockDetail
+func (t *GetBlock200JSONResponseBody) FromBlockDetail(v BlockDetail) error {
+	b, err := json.Marshal(v)
+	t.union = b
+	return err
+}
+
+// MergeBlockDetail performs a merge with any union data inside the GetBlock200JSONResponseBody, using the provided BlockDetail
+func (t *GetBlock200JSONResponseBody) MergeBlockDetail(v BlockDetail) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+
+	merged, err := runtime.JSONMerge(t.union, b)
+	t.union = merged
+	return err
+}
+
+// AsForgeBlock returns the union data inside the GetBlock200JSONResponseBody as a ForgeBlock
+func (t GetBlock200JSONResponseBody) AsForgeBlock() (ForgeBlock, error) {
+	var body ForgeBlock
+	err := json.Unmarshal(t.union, &body)
+	return body, err
+}
+
+// FromForgeBlock overwrites any union data inside the GetBlock200JSONResponseBody as the provided ForgeBlock
+func (t *GetBlock200JSONResponseBody) FromForgeBlock(v ForgeBlock) error {
+	b, err := json.Marshal(v)
+	t.union = b
+	return err
+}
+
+// MergeForgeBlock performs a merge with any union data inside the GetBlock200JSONResponseBody, using the provided ForgeBlock
+func (t *GetBlock200JSONResponseBody) MergeForgeBlock(v ForgeBlock) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+
+	merged, err := runtime.JSONMerge(t.union, b)
+	t.union = merged
+	return err
+}
+
+func (t GetBlock200JSONResponseBody) MarshalJSON() ([]byte, error) {
+	b, err := t.union.MarshalJSON()
+	return b, err
+}
+
+func (t *GetBlock200JSONResponseBody) UnmarshalJSON(b []byte) error {
+	err := t.union.UnmarshalJSON(b)
+	return err
+}
 
 // ServerInterface represents all server handlers.
 type ServerInterface interface {
@@ -1434,6 +2591,33 @@ type ServerInterface interface {
 	// GetMetrics Say what the daemon has counted, for Prometheus
 	// (GET /metrics)
 	GetMetrics(w http.ResponseWriter, r *http.Request)
+	// RotateAudit Seal the audit log's active file and begin the next
+	// (POST /v1/audit/rotate)
+	RotateAudit(w http.ResponseWriter, r *http.Request)
+	// ListBlocks List blocks
+	// (GET /v1/blocks)
+	ListBlocks(w http.ResponseWriter, r *http.Request, params ListBlocksParams)
+	// AddBlock Publish a block
+	// (POST /v1/blocks)
+	AddBlock(w http.ResponseWriter, r *http.Request)
+	// RunBlockFile Run a block that is not published
+	// (POST /v1/blocks/run)
+	RunBlockFile(w http.ResponseWriter, r *http.Request)
+	// DeleteBlock Remove a block
+	// (DELETE /v1/blocks/{ref})
+	DeleteBlock(w http.ResponseWriter, r *http.Request, ref BlockRef)
+	// GetBlock Describe a block
+	// (GET /v1/blocks/{ref})
+	GetBlock(w http.ResponseWriter, r *http.Request, ref BlockRef, params GetBlockParams)
+	// AuditBlock Say what looking at a block has shown
+	// (POST /v1/blocks/{ref}/audits)
+	AuditBlock(w http.ResponseWriter, r *http.Request, ref BlockRef)
+	// RunBlock Run a block, and keep a record
+	// (POST /v1/blocks/{ref}/run)
+	RunBlock(w http.ResponseWriter, r *http.Request, ref BlockRef)
+	// GetBlockTrust Say how far a block can be trusted, and why
+	// (GET /v1/blocks/{ref}/trust)
+	GetBlockTrust(w http.ResponseWriter, r *http.Request, ref BlockRef)
 	// GetDiff Say in what two nodes differ
 	// (GET /v1/diff)
 	GetDiff(w http.ResponseWriter, r *http.Request, params GetDiffParams)
@@ -1455,6 +2639,21 @@ type ServerInterface interface {
 	// GetImage Describe an image
 	// (GET /v1/images/{name})
 	GetImage(w http.ResponseWriter, r *http.Request, name ImageName)
+	// ListRecords List records, the newest first
+	// (GET /v1/records)
+	ListRecords(w http.ResponseWriter, r *http.Request, params ListRecordsParams)
+	// CheckRecords Walk along the chain of records, and say where it is broken
+	// (GET /v1/records/check)
+	CheckRecords(w http.ResponseWriter, r *http.Request, params CheckRecordsParams)
+	// GetRecordKey The public key that this daemon's records are verified with
+	// (GET /v1/records/key)
+	GetRecordKey(w http.ResponseWriter, r *http.Request)
+	// GetRecord Describe a record
+	// (GET /v1/records/{id})
+	GetRecord(w http.ResponseWriter, r *http.Request, id RecordID)
+	// GetRecordBundle A record with its contents and key, to be verified elsewhere
+	// (GET /v1/records/{id}/bundle)
+	GetRecordBundle(w http.ResponseWriter, r *http.Request, id RecordID)
 	// ListSandboxes List sandboxes
 	// (GET /v1/sandboxes)
 	ListSandboxes(w http.ResponseWriter, r *http.Request, params ListSandboxesParams)
@@ -1551,6 +2750,18 @@ type ServerInterface interface {
 	// PromoteSnapshot Point a tag at a node, whatever it pointed at before
 	// (POST /v1/snapshots/{tag}/promote)
 	PromoteSnapshot(w http.ResponseWriter, r *http.Request, tag Tag)
+	// VerifySnapshot Make a deterministic snapshot again, and compare
+	// (POST /v1/snapshots/{tag}/verify)
+	VerifySnapshot(w http.ResponseWriter, r *http.Request, tag Tag)
+	// ListTokens List the named tokens
+	// (GET /v1/tokens)
+	ListTokens(w http.ResponseWriter, r *http.Request)
+	// CreateToken Make a named token
+	// (POST /v1/tokens)
+	CreateToken(w http.ResponseWriter, r *http.Request)
+	// DeleteToken Remove a named token
+	// (DELETE /v1/tokens/{name})
+	DeleteToken(w http.ResponseWriter, r *http.Request, name string)
 	// GetTree List all nodes of the checkpoint tree
 	// (GET /v1/tree)
 	GetTree(w http.ResponseWriter, r *http.Request)
@@ -1605,6 +2816,240 @@ func (siw *ServerInterfaceWrapper) GetMetrics(w http.ResponseWriter, r *http.Req
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetMetrics(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RotateAudit operation middleware
+func (siw *ServerInterfaceWrapper) RotateAudit(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RotateAudit(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListBlocks operation middleware
+func (siw *ServerInterfaceWrapper) ListBlocks(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListBlocksParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "after" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "after", r.URL.Query(), &params.After, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "after"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "after", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListBlocks(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AddBlock operation middleware
+func (siw *ServerInterfaceWrapper) AddBlock(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AddBlock(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RunBlockFile operation middleware
+func (siw *ServerInterfaceWrapper) RunBlockFile(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RunBlockFile(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteBlock operation middleware
+func (siw *ServerInterfaceWrapper) DeleteBlock(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "ref" -------------
+	var ref BlockRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "ref", r.PathValue("ref"), &ref, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "ref", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteBlock(w, r, ref)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetBlock operation middleware
+func (siw *ServerInterfaceWrapper) GetBlock(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "ref" -------------
+	var ref BlockRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "ref", r.PathValue("ref"), &ref, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "ref", Err: err})
+		return
+	}
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params GetBlockParams
+
+	// ------------- Optional query parameter "format" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "format", r.URL.Query(), &params.Format, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "format"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "format", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetBlock(w, r, ref, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// AuditBlock operation middleware
+func (siw *ServerInterfaceWrapper) AuditBlock(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "ref" -------------
+	var ref BlockRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "ref", r.PathValue("ref"), &ref, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "ref", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.AuditBlock(w, r, ref)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// RunBlock operation middleware
+func (siw *ServerInterfaceWrapper) RunBlock(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "ref" -------------
+	var ref BlockRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "ref", r.PathValue("ref"), &ref, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "ref", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.RunBlock(w, r, ref)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetBlockTrust operation middleware
+func (siw *ServerInterfaceWrapper) GetBlockTrust(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "ref" -------------
+	var ref BlockRef
+
+	err = runtime.BindStyledParameterWithOptions("simple", "ref", r.PathValue("ref"), &ref, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "ref", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetBlockTrust(w, r, ref)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -1831,6 +3276,229 @@ func (siw *ServerInterfaceWrapper) GetImage(w http.ResponseWriter, r *http.Reque
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetImage(w, r, name)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListRecords operation middleware
+func (siw *ServerInterfaceWrapper) ListRecords(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params ListRecordsParams
+
+	// ------------- Optional query parameter "limit" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "limit", r.URL.Query(), &params.Limit, runtime.BindQueryParameterOptions{Type: "integer", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "limit"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "limit", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "before" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "before", r.URL.Query(), &params.Before, runtime.BindQueryParameterOptions{Type: "integer", Format: "int64"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "before"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "before", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "block" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "block", r.URL.Query(), &params.Block, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "block"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "block", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "snapshot" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "snapshot", r.URL.Query(), &params.Snapshot, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "snapshot"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "snapshot", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "mode" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "mode", r.URL.Query(), &params.Mode, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "mode"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "mode", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "user" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "user", r.URL.Query(), &params.User, runtime.BindQueryParameterOptions{Type: "string", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "user"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "user", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "since" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "since", r.URL.Query(), &params.Since, runtime.BindQueryParameterOptions{Type: "string", Format: "date-time"})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "since"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "since", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListRecords(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CheckRecords operation middleware
+func (siw *ServerInterfaceWrapper) CheckRecords(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// Parameter object where we will unmarshal all parameters from the context
+	var params CheckRecordsParams
+
+	// ------------- Optional query parameter "contents" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "contents", r.URL.Query(), &params.Contents, runtime.BindQueryParameterOptions{Type: "boolean", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "contents"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "contents", Err: err})
+		}
+		return
+	}
+
+	// ------------- Optional query parameter "anchor" -------------
+
+	err = runtime.BindQueryParameterWithOptions("form", true, false, "anchor", r.URL.Query(), &params.Anchor, runtime.BindQueryParameterOptions{Type: "array", Format: ""})
+	if err != nil {
+		var requiredError *runtime.RequiredParameterError
+		if errors.As(err, &requiredError) {
+			siw.ErrorHandlerFunc(w, r, &RequiredParamError{ParamName: "anchor"})
+		} else {
+			siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "anchor", Err: err})
+		}
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CheckRecords(w, r, params)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetRecordKey operation middleware
+func (siw *ServerInterfaceWrapper) GetRecordKey(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetRecordKey(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetRecord operation middleware
+func (siw *ServerInterfaceWrapper) GetRecord(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id RecordID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetRecord(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetRecordBundle operation middleware
+func (siw *ServerInterfaceWrapper) GetRecordBundle(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id RecordID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetRecordBundle(w, r, id)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -2887,6 +4555,86 @@ func (siw *ServerInterfaceWrapper) PromoteSnapshot(w http.ResponseWriter, r *htt
 	handler.ServeHTTP(w, r)
 }
 
+// VerifySnapshot operation middleware
+func (siw *ServerInterfaceWrapper) VerifySnapshot(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "tag" -------------
+	var tag Tag
+
+	err = runtime.BindStyledParameterWithOptions("simple", "tag", r.PathValue("tag"), &tag, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "tag", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.VerifySnapshot(w, r, tag)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListTokens operation middleware
+func (siw *ServerInterfaceWrapper) ListTokens(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListTokens(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CreateToken operation middleware
+func (siw *ServerInterfaceWrapper) CreateToken(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CreateToken(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// DeleteToken operation middleware
+func (siw *ServerInterfaceWrapper) DeleteToken(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "name" -------------
+	var name string
+
+	err = runtime.BindStyledParameterWithOptions("simple", "name", r.PathValue("name"), &name, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "name", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.DeleteToken(w, r, name)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // GetTree operation middleware
 func (siw *ServerInterfaceWrapper) GetTree(w http.ResponseWriter, r *http.Request) {
 
@@ -3233,6 +4981,10 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/doctor", wrapper.GetDoctor)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/images", wrapper.ListImages)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/images", wrapper.BuildImage)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/audit/rotate", wrapper.RotateAudit)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/tokens", wrapper.ListTokens)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/tokens", wrapper.CreateToken)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/tokens/{name}", wrapper.DeleteToken)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/images/{name}", wrapper.DeleteImage)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/images/{name}", wrapper.GetImage)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots", wrapper.ListSnapshots)
@@ -3249,6 +5001,15 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/diff", wrapper.GetDiff)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/snapshots/{tag}/pool", wrapper.GetPool)
 	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/snapshots/{tag}/pool", wrapper.SetPool)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/snapshots/{tag}/verify", wrapper.VerifySnapshot)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/blocks", wrapper.ListBlocks)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/blocks", wrapper.AddBlock)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/blocks/run", wrapper.RunBlockFile)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/blocks/{ref}", wrapper.DeleteBlock)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/blocks/{ref}", wrapper.GetBlock)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/blocks/{ref}/run", wrapper.RunBlock)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/blocks/{ref}/trust", wrapper.GetBlockTrust)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/blocks/{ref}/audits", wrapper.AuditBlock)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes", wrapper.ListSandboxes)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes", wrapper.CreateSandboxes)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}", wrapper.DeleteSandbox)
@@ -3275,6 +5036,11 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/files/list", wrapper.ListFiles)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/files/mkdir", wrapper.MakeDirectory)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/files/move", wrapper.MoveFile)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/records", wrapper.ListRecords)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/records/key", wrapper.GetRecordKey)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/records/check", wrapper.CheckRecords)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/records/{id}", wrapper.GetRecord)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/records/{id}/bundle", wrapper.GetRecordBundle)
 
 	return m
 }
@@ -3343,6 +5109,449 @@ type GetMetricsdefaultJSONResponse struct {
 }
 
 func (response GetMetricsdefaultJSONResponse) VisitGetMetricsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RotateAuditRequestObject struct {
+}
+
+type RotateAuditResponseObject interface {
+	VisitRotateAuditResponse(w http.ResponseWriter) error
+}
+
+type RotateAudit200JSONResponse AuditFile
+
+func (response RotateAudit200JSONResponse) VisitRotateAuditResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RotateAuditdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response RotateAuditdefaultJSONResponse) VisitRotateAuditResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListBlocksRequestObject struct {
+	Params ListBlocksParams
+}
+
+type ListBlocksResponseObject interface {
+	VisitListBlocksResponse(w http.ResponseWriter) error
+}
+
+type ListBlocks200ResponseHeaders struct {
+	Link       string
+	XNextAfter string
+}
+
+type ListBlocks200JSONResponse struct {
+	Body    []Block
+	Headers ListBlocks200ResponseHeaders
+}
+
+func (response ListBlocks200JSONResponse) VisitListBlocksResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Link", fmt.Sprint(response.Headers.Link))
+	w.Header().Set("X-Next-After", fmt.Sprint(response.Headers.XNextAfter))
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListBlocksdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListBlocksdefaultJSONResponse) VisitListBlocksResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type AddBlockRequestObject struct {
+	Body *AddBlockJSONRequestBody
+}
+
+type AddBlockResponseObject interface {
+	VisitAddBlockResponse(w http.ResponseWriter) error
+}
+
+type AddBlock201JSONResponse Block
+
+func (response AddBlock201JSONResponse) VisitAddBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type AddBlockdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response AddBlockdefaultJSONResponse) VisitAddBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RunBlockFileRequestObject struct {
+	Body *RunBlockFileJSONRequestBody
+}
+
+type RunBlockFileResponseObject interface {
+	VisitRunBlockFileResponse(w http.ResponseWriter) error
+}
+
+type RunBlockFile200JSONResponse BlockRun
+
+func (response RunBlockFile200JSONResponse) VisitRunBlockFileResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RunBlockFile200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response RunBlockFile200ApplicationXNdjsonResponse) VisitRunBlockFileResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type RunBlockFiledefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response RunBlockFiledefaultJSONResponse) VisitRunBlockFileResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type DeleteBlockRequestObject struct {
+	Ref BlockRef `json:"ref"`
+}
+
+type DeleteBlockResponseObject interface {
+	VisitDeleteBlockResponse(w http.ResponseWriter) error
+}
+
+type DeleteBlock204Response struct {
+}
+
+func (response DeleteBlock204Response) VisitDeleteBlockResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteBlockdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteBlockdefaultJSONResponse) VisitDeleteBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetBlockRequestObject struct {
+	Ref    BlockRef `json:"ref"`
+	Params GetBlockParams
+}
+
+type GetBlockResponseObject interface {
+	VisitGetBlockResponse(w http.ResponseWriter) error
+}
+
+type GetBlock200JSONResponse = GetBlock200JSONResponseBody
+
+func (response GetBlock200JSONResponse) VisitGetBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.union); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetBlockdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetBlockdefaultJSONResponse) VisitGetBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type AuditBlockRequestObject struct {
+	Ref  BlockRef `json:"ref"`
+	Body *AuditBlockJSONRequestBody
+}
+
+type AuditBlockResponseObject interface {
+	VisitAuditBlockResponse(w http.ResponseWriter) error
+}
+
+type AuditBlock201JSONResponse BlockTrust
+
+func (response AuditBlock201JSONResponse) VisitAuditBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type AuditBlockdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response AuditBlockdefaultJSONResponse) VisitAuditBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RunBlockRequestObject struct {
+	Ref  BlockRef `json:"ref"`
+	Body *RunBlockJSONRequestBody
+}
+
+type RunBlockResponseObject interface {
+	VisitRunBlockResponse(w http.ResponseWriter) error
+}
+
+type RunBlock200JSONResponse BlockRun
+
+func (response RunBlock200JSONResponse) VisitRunBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type RunBlock200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response RunBlock200ApplicationXNdjsonResponse) VisitRunBlockResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type RunBlockdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response RunBlockdefaultJSONResponse) VisitRunBlockResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetBlockTrustRequestObject struct {
+	Ref BlockRef `json:"ref"`
+}
+
+type GetBlockTrustResponseObject interface {
+	VisitGetBlockTrustResponse(w http.ResponseWriter) error
+}
+
+type GetBlockTrust200JSONResponse BlockTrust
+
+func (response GetBlockTrust200JSONResponse) VisitGetBlockTrustResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetBlockTrustdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetBlockTrustdefaultJSONResponse) VisitGetBlockTrustResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -3734,6 +5943,206 @@ type GetImagedefaultJSONResponse struct {
 }
 
 func (response GetImagedefaultJSONResponse) VisitGetImageResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListRecordsRequestObject struct {
+	Params ListRecordsParams
+}
+
+type ListRecordsResponseObject interface {
+	VisitListRecordsResponse(w http.ResponseWriter) error
+}
+
+type ListRecords200JSONResponse RecordPage
+
+func (response ListRecords200JSONResponse) VisitListRecordsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListRecordsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListRecordsdefaultJSONResponse) VisitListRecordsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CheckRecordsRequestObject struct {
+	Params CheckRecordsParams
+}
+
+type CheckRecordsResponseObject interface {
+	VisitCheckRecordsResponse(w http.ResponseWriter) error
+}
+
+type CheckRecords200JSONResponse RecordCheck
+
+func (response CheckRecords200JSONResponse) VisitCheckRecordsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CheckRecordsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CheckRecordsdefaultJSONResponse) VisitCheckRecordsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetRecordKeyRequestObject struct {
+}
+
+type GetRecordKeyResponseObject interface {
+	VisitGetRecordKeyResponse(w http.ResponseWriter) error
+}
+
+type GetRecordKey200JSONResponse RecordKey
+
+func (response GetRecordKey200JSONResponse) VisitGetRecordKeyResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetRecordKeydefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetRecordKeydefaultJSONResponse) VisitGetRecordKeyResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetRecordRequestObject struct {
+	ID RecordID `json:"id"`
+}
+
+type GetRecordResponseObject interface {
+	VisitGetRecordResponse(w http.ResponseWriter) error
+}
+
+type GetRecord200JSONResponse Record
+
+func (response GetRecord200JSONResponse) VisitGetRecordResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetRecorddefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetRecorddefaultJSONResponse) VisitGetRecordResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetRecordBundleRequestObject struct {
+	ID RecordID `json:"id"`
+}
+
+type GetRecordBundleResponseObject interface {
+	VisitGetRecordBundleResponse(w http.ResponseWriter) error
+}
+
+type GetRecordBundle200ApplicationXTarResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response GetRecordBundle200ApplicationXTarResponse) VisitGetRecordBundleResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-tar")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	_, err := io.Copy(w, response.Body)
+	return err
+}
+
+type GetRecordBundledefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetRecordBundledefaultJSONResponse) VisitGetRecordBundleResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -5311,6 +7720,198 @@ func (response PromoteSnapshotdefaultJSONResponse) VisitPromoteSnapshotResponse(
 	return err
 }
 
+type VerifySnapshotRequestObject struct {
+	Tag Tag `json:"tag"`
+}
+
+type VerifySnapshotResponseObject interface {
+	VisitVerifySnapshotResponse(w http.ResponseWriter) error
+}
+
+type VerifySnapshot200JSONResponse SnapshotVerification
+
+func (response VerifySnapshot200JSONResponse) VisitVerifySnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type VerifySnapshot200ApplicationXNdjsonResponse struct {
+	Body          io.Reader
+	ContentLength int64
+}
+
+func (response VerifySnapshot200ApplicationXNdjsonResponse) VisitVerifySnapshotResponse(w http.ResponseWriter) error {
+
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if response.ContentLength != 0 {
+		w.Header().Set("Content-Length", fmt.Sprint(response.ContentLength))
+	}
+	w.WriteHeader(200)
+
+	if closer, ok := response.Body.(io.ReadCloser); ok {
+		defer closer.Close()
+	}
+	flusher, ok := w.(http.Flusher)
+	if !ok {
+		// If w doesn't support flushing, fall back to io.Copy.
+		_, err := io.Copy(w, response.Body)
+		return err
+	}
+	// text/event-stream messages are typically small; use a
+	// modest buffer and flush after each chunk so clients see
+	// events immediately instead of waiting on OS buffering.
+	buf := make([]byte, 4096)
+	for {
+		n, err := response.Body.Read(buf)
+		if n > 0 {
+			if _, writeErr := w.Write(buf[:n]); writeErr != nil {
+				return writeErr
+			}
+			flusher.Flush()
+		}
+		if err != nil {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+type VerifySnapshotdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response VerifySnapshotdefaultJSONResponse) VisitVerifySnapshotResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListTokensRequestObject struct {
+}
+
+type ListTokensResponseObject interface {
+	VisitListTokensResponse(w http.ResponseWriter) error
+}
+
+type ListTokens200JSONResponse []Token
+
+func (response ListTokens200JSONResponse) VisitListTokensResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListTokensdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListTokensdefaultJSONResponse) VisitListTokensResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateTokenRequestObject struct {
+	Body *CreateTokenJSONRequestBody
+}
+
+type CreateTokenResponseObject interface {
+	VisitCreateTokenResponse(w http.ResponseWriter) error
+}
+
+type CreateToken201JSONResponse CreatedToken
+
+func (response CreateToken201JSONResponse) VisitCreateTokenResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CreateTokendefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CreateTokendefaultJSONResponse) VisitCreateTokenResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type DeleteTokenRequestObject struct {
+	Name string `json:"name"`
+}
+
+type DeleteTokenResponseObject interface {
+	VisitDeleteTokenResponse(w http.ResponseWriter) error
+}
+
+type DeleteToken204Response struct {
+}
+
+func (response DeleteToken204Response) VisitDeleteTokenResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type DeleteTokendefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response DeleteTokendefaultJSONResponse) VisitDeleteTokenResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type GetTreeRequestObject struct {
 }
 
@@ -5635,6 +8236,33 @@ type StrictServerInterface interface {
 	// GetMetrics Say what the daemon has counted, for Prometheus
 	// (GET /metrics)
 	GetMetrics(ctx context.Context, request GetMetricsRequestObject) (GetMetricsResponseObject, error)
+	// RotateAudit Seal the audit log's active file and begin the next
+	// (POST /v1/audit/rotate)
+	RotateAudit(ctx context.Context, request RotateAuditRequestObject) (RotateAuditResponseObject, error)
+	// ListBlocks List blocks
+	// (GET /v1/blocks)
+	ListBlocks(ctx context.Context, request ListBlocksRequestObject) (ListBlocksResponseObject, error)
+	// AddBlock Publish a block
+	// (POST /v1/blocks)
+	AddBlock(ctx context.Context, request AddBlockRequestObject) (AddBlockResponseObject, error)
+	// RunBlockFile Run a block that is not published
+	// (POST /v1/blocks/run)
+	RunBlockFile(ctx context.Context, request RunBlockFileRequestObject) (RunBlockFileResponseObject, error)
+	// DeleteBlock Remove a block
+	// (DELETE /v1/blocks/{ref})
+	DeleteBlock(ctx context.Context, request DeleteBlockRequestObject) (DeleteBlockResponseObject, error)
+	// GetBlock Describe a block
+	// (GET /v1/blocks/{ref})
+	GetBlock(ctx context.Context, request GetBlockRequestObject) (GetBlockResponseObject, error)
+	// AuditBlock Say what looking at a block has shown
+	// (POST /v1/blocks/{ref}/audits)
+	AuditBlock(ctx context.Context, request AuditBlockRequestObject) (AuditBlockResponseObject, error)
+	// RunBlock Run a block, and keep a record
+	// (POST /v1/blocks/{ref}/run)
+	RunBlock(ctx context.Context, request RunBlockRequestObject) (RunBlockResponseObject, error)
+	// GetBlockTrust Say how far a block can be trusted, and why
+	// (GET /v1/blocks/{ref}/trust)
+	GetBlockTrust(ctx context.Context, request GetBlockTrustRequestObject) (GetBlockTrustResponseObject, error)
 	// GetDiff Say in what two nodes differ
 	// (GET /v1/diff)
 	GetDiff(ctx context.Context, request GetDiffRequestObject) (GetDiffResponseObject, error)
@@ -5656,6 +8284,21 @@ type StrictServerInterface interface {
 	// GetImage Describe an image
 	// (GET /v1/images/{name})
 	GetImage(ctx context.Context, request GetImageRequestObject) (GetImageResponseObject, error)
+	// ListRecords List records, the newest first
+	// (GET /v1/records)
+	ListRecords(ctx context.Context, request ListRecordsRequestObject) (ListRecordsResponseObject, error)
+	// CheckRecords Walk along the chain of records, and say where it is broken
+	// (GET /v1/records/check)
+	CheckRecords(ctx context.Context, request CheckRecordsRequestObject) (CheckRecordsResponseObject, error)
+	// GetRecordKey The public key that this daemon's records are verified with
+	// (GET /v1/records/key)
+	GetRecordKey(ctx context.Context, request GetRecordKeyRequestObject) (GetRecordKeyResponseObject, error)
+	// GetRecord Describe a record
+	// (GET /v1/records/{id})
+	GetRecord(ctx context.Context, request GetRecordRequestObject) (GetRecordResponseObject, error)
+	// GetRecordBundle A record with its contents and key, to be verified elsewhere
+	// (GET /v1/records/{id}/bundle)
+	GetRecordBundle(ctx context.Context, request GetRecordBundleRequestObject) (GetRecordBundleResponseObject, error)
 	// ListSandboxes List sandboxes
 	// (GET /v1/sandboxes)
 	ListSandboxes(ctx context.Context, request ListSandboxesRequestObject) (ListSandboxesResponseObject, error)
@@ -5752,6 +8395,18 @@ type StrictServerInterface interface {
 	// PromoteSnapshot Point a tag at a node, whatever it pointed at before
 	// (POST /v1/snapshots/{tag}/promote)
 	PromoteSnapshot(ctx context.Context, request PromoteSnapshotRequestObject) (PromoteSnapshotResponseObject, error)
+	// VerifySnapshot Make a deterministic snapshot again, and compare
+	// (POST /v1/snapshots/{tag}/verify)
+	VerifySnapshot(ctx context.Context, request VerifySnapshotRequestObject) (VerifySnapshotResponseObject, error)
+	// ListTokens List the named tokens
+	// (GET /v1/tokens)
+	ListTokens(ctx context.Context, request ListTokensRequestObject) (ListTokensResponseObject, error)
+	// CreateToken Make a named token
+	// (POST /v1/tokens)
+	CreateToken(ctx context.Context, request CreateTokenRequestObject) (CreateTokenResponseObject, error)
+	// DeleteToken Remove a named token
+	// (DELETE /v1/tokens/{name})
+	DeleteToken(ctx context.Context, request DeleteTokenRequestObject) (DeleteTokenResponseObject, error)
 	// GetTree List all nodes of the checkpoint tree
 	// (GET /v1/tree)
 	GetTree(ctx context.Context, request GetTreeRequestObject) (GetTreeResponseObject, error)
@@ -5858,6 +8513,266 @@ func (sh *strictHandler) GetMetrics(w http.ResponseWriter, r *http.Request) {
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(GetMetricsResponseObject); ok {
 		if err := validResponse.VisitGetMetricsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// RotateAudit operation middleware
+func (sh *strictHandler) RotateAudit(w http.ResponseWriter, r *http.Request) {
+	var request RotateAuditRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.RotateAudit(ctx, request.(RotateAuditRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "RotateAudit")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(RotateAuditResponseObject); ok {
+		if err := validResponse.VisitRotateAuditResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListBlocks operation middleware
+func (sh *strictHandler) ListBlocks(w http.ResponseWriter, r *http.Request, params ListBlocksParams) {
+	var request ListBlocksRequestObject
+
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListBlocks(ctx, request.(ListBlocksRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListBlocks")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListBlocksResponseObject); ok {
+		if err := validResponse.VisitListBlocksResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// AddBlock operation middleware
+func (sh *strictHandler) AddBlock(w http.ResponseWriter, r *http.Request) {
+	var request AddBlockRequestObject
+
+	var body AddBlockJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.AddBlock(ctx, request.(AddBlockRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "AddBlock")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(AddBlockResponseObject); ok {
+		if err := validResponse.VisitAddBlockResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// RunBlockFile operation middleware
+func (sh *strictHandler) RunBlockFile(w http.ResponseWriter, r *http.Request) {
+	var request RunBlockFileRequestObject
+
+	var body RunBlockFileJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.RunBlockFile(ctx, request.(RunBlockFileRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "RunBlockFile")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(RunBlockFileResponseObject); ok {
+		if err := validResponse.VisitRunBlockFileResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteBlock operation middleware
+func (sh *strictHandler) DeleteBlock(w http.ResponseWriter, r *http.Request, ref BlockRef) {
+	var request DeleteBlockRequestObject
+
+	request.Ref = ref
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteBlock(ctx, request.(DeleteBlockRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteBlock")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteBlockResponseObject); ok {
+		if err := validResponse.VisitDeleteBlockResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetBlock operation middleware
+func (sh *strictHandler) GetBlock(w http.ResponseWriter, r *http.Request, ref BlockRef, params GetBlockParams) {
+	var request GetBlockRequestObject
+
+	request.Ref = ref
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetBlock(ctx, request.(GetBlockRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetBlock")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetBlockResponseObject); ok {
+		if err := validResponse.VisitGetBlockResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// AuditBlock operation middleware
+func (sh *strictHandler) AuditBlock(w http.ResponseWriter, r *http.Request, ref BlockRef) {
+	var request AuditBlockRequestObject
+
+	request.Ref = ref
+
+	var body AuditBlockJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.AuditBlock(ctx, request.(AuditBlockRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "AuditBlock")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(AuditBlockResponseObject); ok {
+		if err := validResponse.VisitAuditBlockResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// RunBlock operation middleware
+func (sh *strictHandler) RunBlock(w http.ResponseWriter, r *http.Request, ref BlockRef) {
+	var request RunBlockRequestObject
+
+	request.Ref = ref
+
+	var body RunBlockJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		if !errors.Is(err, io.EOF) {
+			sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+			return
+		}
+	} else {
+		request.Body = &body
+	}
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.RunBlock(ctx, request.(RunBlockRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "RunBlock")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(RunBlockResponseObject); ok {
+		if err := validResponse.VisitRunBlockResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetBlockTrust operation middleware
+func (sh *strictHandler) GetBlockTrust(w http.ResponseWriter, r *http.Request, ref BlockRef) {
+	var request GetBlockTrustRequestObject
+
+	request.Ref = ref
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetBlockTrust(ctx, request.(GetBlockTrustRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetBlockTrust")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetBlockTrustResponseObject); ok {
+		if err := validResponse.VisitGetBlockTrustResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
@@ -6043,6 +8958,134 @@ func (sh *strictHandler) GetImage(w http.ResponseWriter, r *http.Request, name I
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(GetImageResponseObject); ok {
 		if err := validResponse.VisitGetImageResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListRecords operation middleware
+func (sh *strictHandler) ListRecords(w http.ResponseWriter, r *http.Request, params ListRecordsParams) {
+	var request ListRecordsRequestObject
+
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListRecords(ctx, request.(ListRecordsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListRecords")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListRecordsResponseObject); ok {
+		if err := validResponse.VisitListRecordsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CheckRecords operation middleware
+func (sh *strictHandler) CheckRecords(w http.ResponseWriter, r *http.Request, params CheckRecordsParams) {
+	var request CheckRecordsRequestObject
+
+	request.Params = params
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CheckRecords(ctx, request.(CheckRecordsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CheckRecords")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CheckRecordsResponseObject); ok {
+		if err := validResponse.VisitCheckRecordsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetRecordKey operation middleware
+func (sh *strictHandler) GetRecordKey(w http.ResponseWriter, r *http.Request) {
+	var request GetRecordKeyRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetRecordKey(ctx, request.(GetRecordKeyRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetRecordKey")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetRecordKeyResponseObject); ok {
+		if err := validResponse.VisitGetRecordKeyResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetRecord operation middleware
+func (sh *strictHandler) GetRecord(w http.ResponseWriter, r *http.Request, id RecordID) {
+	var request GetRecordRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetRecord(ctx, request.(GetRecordRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetRecord")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetRecordResponseObject); ok {
+		if err := validResponse.VisitGetRecordResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetRecordBundle operation middleware
+func (sh *strictHandler) GetRecordBundle(w http.ResponseWriter, r *http.Request, id RecordID) {
+	var request GetRecordBundleRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetRecordBundle(ctx, request.(GetRecordBundleRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetRecordBundle")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetRecordBundleResponseObject); ok {
+		if err := validResponse.VisitGetRecordBundleResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {
@@ -6973,6 +10016,113 @@ func (sh *strictHandler) PromoteSnapshot(w http.ResponseWriter, r *http.Request,
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(PromoteSnapshotResponseObject); ok {
 		if err := validResponse.VisitPromoteSnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// VerifySnapshot operation middleware
+func (sh *strictHandler) VerifySnapshot(w http.ResponseWriter, r *http.Request, tag Tag) {
+	var request VerifySnapshotRequestObject
+
+	request.Tag = tag
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.VerifySnapshot(ctx, request.(VerifySnapshotRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "VerifySnapshot")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(VerifySnapshotResponseObject); ok {
+		if err := validResponse.VisitVerifySnapshotResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListTokens operation middleware
+func (sh *strictHandler) ListTokens(w http.ResponseWriter, r *http.Request) {
+	var request ListTokensRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListTokens(ctx, request.(ListTokensRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListTokens")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListTokensResponseObject); ok {
+		if err := validResponse.VisitListTokensResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CreateToken operation middleware
+func (sh *strictHandler) CreateToken(w http.ResponseWriter, r *http.Request) {
+	var request CreateTokenRequestObject
+
+	var body CreateTokenJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CreateToken(ctx, request.(CreateTokenRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CreateToken")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CreateTokenResponseObject); ok {
+		if err := validResponse.VisitCreateTokenResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// DeleteToken operation middleware
+func (sh *strictHandler) DeleteToken(w http.ResponseWriter, r *http.Request, name string) {
+	var request DeleteTokenRequestObject
+
+	request.Name = name
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.DeleteToken(ctx, request.(DeleteTokenRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "DeleteToken")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(DeleteTokenResponseObject); ok {
+		if err := validResponse.VisitDeleteTokenResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

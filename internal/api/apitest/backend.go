@@ -17,6 +17,7 @@ import (
 
 	"github.com/tinevm/tine/internal/agent"
 	"github.com/tinevm/tine/internal/api"
+	"github.com/tinevm/tine/internal/attest"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
@@ -57,6 +58,8 @@ type Backend struct {
 	dir        string
 	store      *snapshot.Store
 	workspaces *workspace.Store
+	attestor   *attest.Attestor
+	drift      int // of runs
 	mu         sync.Mutex
 	seq        int
 	branches   int
@@ -87,6 +90,7 @@ func New(tb testing.TB) *Backend {
 	if b.workspaces, err = workspace.Open(tb.Context(), filepath.Join(b.dir, "workspaces"), b, nil); err != nil {
 		tb.Fatal(err)
 	}
+	b.attestor = b.newAttestor()
 	tb.Cleanup(b.close)
 	return b
 }
@@ -95,7 +99,7 @@ func New(tb testing.TB) *Backend {
 func (b *Backend) Config() api.Config {
 	return api.Config{
 		Sandboxes: b, Snapshots: b.store, Images: images{b}, Workspaces: b.workspaces, Version: version,
-		Events: b.Events, Metrics: b.Metrics, Load: b.load,
+		Events: b.Events, Metrics: b.Metrics, Load: b.load, Attestor: b.attestor,
 		Logger: slog.New(slog.NewTextHandler(b.tb.Output(), nil)), MaxOutput: 64 << 10, MaxFile: 1 << 20,
 		Doctor: func(context.Context) []wire.DoctorCheck {
 			return []wire.DoctorCheck{{Name: "kvm", Status: wire.DoctorCheckStatusWarn, Detail: "no /dev/kvm", Hint: "none is needed"}}
@@ -111,6 +115,7 @@ func (b *Backend) close() {
 		_ = p.stage.Abort() // the directory goes with the test
 	}
 	_ = b.workspaces.Close() // so does this
+	_ = b.attestor.Close()   // and this
 }
 
 func (b *Backend) failure(op string) error {
@@ -211,7 +216,7 @@ func (b *Backend) find(id string) (*box, error) {
 	defer b.mu.Unlock()
 	x, ok := b.boxes[id]
 	if !ok {
-		return nil, fmt.Errorf("%w: sandbox %s", errdef.ErrNotFound, id)
+		return nil, fmt.Errorf("sandbox %s: %w", id, errdef.ErrNotFound)
 	}
 	return x, nil
 }
@@ -280,28 +285,33 @@ func (b *Backend) CreateSnapshot(ctx context.Context, req sandbox.SnapshotReques
 	if _, err = (images{b}).Get(req.Image); err != nil {
 		return snap, err
 	}
-	stage := b.store.Stage
-	if req.Replace {
-		stage = b.store.StageReplace
-	}
-	st, err := stage(ctx, req.Tag)
-	if err != nil {
-		return snap, err
-	}
-	defer func() { err = errors.Join(err, st.Abort()) }()
 	progress.Report(ctx, "boot", "booting the template")
 	if err = b.failure("boot"); err != nil {
 		return snap, err
 	}
 	progress.ReportAmount(ctx, "freeze", "writing memory", 1, 2)
-	machine := vmm.Machine{MemoryMiB: 1, VCPUs: 1}
-	if err = errors.Join(os.WriteFile(st.MemoryPath(), make([]byte, machine.MemoryMiB<<20), 0o600),
-		os.WriteFile(st.DevicePath(), []byte("device of "+req.Tag), 0o600)); err != nil {
+	return b.writeSnapshot(ctx, req.Tag, req.Replace, snapshot.Manifest{
+		Engine: "fake", EngineVersion: "1", Machine: vmm.Machine{MemoryMiB: 1, VCPUs: 1}, Image: imageDigest, Warmup: req.Warmup,
+		Languages: []string{"python"},
+	})
+}
+
+// writeSnapshot gives a tag to a machine of which all memory is zero.
+func (b *Backend) writeSnapshot(ctx context.Context, tag string, replace bool, m snapshot.Manifest) (snap snapshot.Snapshot, err error) {
+	stage := b.store.Stage
+	if replace {
+		stage = b.store.StageReplace
+	}
+	st, err := stage(ctx, tag)
+	if err != nil {
 		return snap, err
 	}
-	return st.Commit(ctx, snapshot.Manifest{
-		Engine: "fake", EngineVersion: "1", Machine: machine, Image: imageDigest, Warmup: req.Warmup, Languages: []string{"python"},
-	}, snapshot.Facts{BootMS: 5, SnapshotMS: 1})
+	defer func() { err = errors.Join(err, st.Abort()) }()
+	if err = errors.Join(os.WriteFile(st.MemoryPath(), make([]byte, m.Machine.MemoryMiB<<20), 0o600),
+		os.WriteFile(st.DevicePath(), []byte("device of "+tag), 0o600)); err != nil {
+		return snap, err
+	}
+	return st.Commit(ctx, m, snapshot.Facts{BootMS: 5, SnapshotMS: 1})
 }
 
 // SetPool notes the size of a pool, which is then full.

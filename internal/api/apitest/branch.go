@@ -34,7 +34,7 @@ func (b *Backend) Branch(ctx context.Context, id string, req sandbox.BranchReque
 	b.branches++
 	n := b.branches
 	b.mu.Unlock()
-	facts := snapshot.Facts{BranchedFrom: id, Mode: string(req.Mode), PauseMS: 1.5, Follows: info.Head}
+	facts := snapshot.Facts{BranchedFrom: id, Owner: req.Owner, Mode: string(req.Mode), PauseMS: 1.5, Follows: info.Head}
 	if req.Tag == "" {
 		req.Tag, facts.Auto = fmt.Sprintf("branch-%s-%d", id, n), true
 	}
@@ -49,7 +49,7 @@ func (b *Backend) Branch(ctx context.Context, id string, req sandbox.BranchReque
 	b.ForgetBranch(req.Tag)
 	progress.Report(ctx, "branch", "writing memory")
 	if req.NoWait {
-		state := sandbox.BranchState{Tag: req.Tag, Sandbox: id, PauseMS: facts.PauseMS, At: time.Now()}
+		state := sandbox.BranchState{Tag: req.Tag, Sandbox: id, Owner: req.Owner, PauseMS: facts.PauseMS, At: time.Now()}
 		b.mu.Lock()
 		b.pending[req.Tag] = &branching{state: state, box: id, stage: st}
 		b.mu.Unlock()

@@ -145,7 +145,7 @@ func (g *gateway) snapshot() (string, error) {
 	}
 	var ready []string
 	for _, s := range all {
-		if s.Status != snapshot.StatusReady {
+		if s.Status != snapshot.StatusReady || s.Manifest.Machine.Deterministic { // that one has no forks
 			continue
 		}
 		if s.Tag == "py" {

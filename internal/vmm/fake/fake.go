@@ -92,6 +92,9 @@ func (e *Engine) start(ctx context.Context, spec vmm.StartSpec) (*machine, error
 	if err := e.fails("Start"); err != nil {
 		return nil, err
 	}
+	if spec.Machine.Deterministic {
+		return nil, errNotDeterministic()
+	}
 	var files []string
 	if spec.Disk != "" {
 		files = []string{spec.Disk}
@@ -127,6 +130,9 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	defer func() { err = u.Run(err) }()
 	if err = e.fails("Restore"); err != nil {
 		return nil, err
+	}
+	if spec.Machine.Deterministic {
+		return nil, errNotDeterministic()
 	}
 	device, err := os.ReadFile(spec.Device)
 	if err != nil {
@@ -209,7 +215,7 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory, disk *di
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if spec.Machine.MemoryMiB < 64 || spec.Machine.VCPUs < 1 || spec.Machine.VCPUs > e.Caps().MaxVCPUs {
+	if spec.Machine.MemoryMiB < 64 || spec.Machine.VCPUs < 1 || spec.Machine.ClockShift != 0 || spec.Machine.VCPUs > e.Caps().MaxVCPUs {
 		return nil, fmt.Errorf("%w: machine %+v", errdef.ErrInvalid, spec.Machine)
 	}
 	m := &machine{engine: e, spec: spec, memory: mem, disk: disk, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
@@ -389,6 +395,19 @@ func (m *machine) mapped() (*memory, error) {
 }
 
 // SaveDevice brings the guest's files into memory, and then says that it is so.
+// Halted is for deterministic machines, of which this engine has none.
+func (m *machine) Halted(context.Context) error { return errNotDeterministic() }
+
+// Answer is for deterministic machines, of which this engine has none.
+func (m *machine) Answer() error { return errNotDeterministic() }
+
+// Mailbox is for deterministic machines, of which this engine has none.
+func (m *machine) Mailbox() (vmm.Mailbox, error) { return nil, errNotDeterministic() }
+
+func errNotDeterministic() error {
+	return fmt.Errorf("%w: the fake engine has no deterministic machines", errdef.ErrUnsupported)
+}
+
 func (m *machine) SaveDevice(ctx context.Context, device string) error {
 	paused, err := m.Paused(ctx)
 	if err != nil {

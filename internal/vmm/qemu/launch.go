@@ -33,6 +33,7 @@ type launcher struct {
 	image  string     // what guest RAM maps privately, if it does
 	disks  []string   // the files of the disk, oldest first
 	device string     // the disk itself, if there is one
+	gate   *gate      // of a deterministic machine
 	bare   bool       // device state comes without configuration
 	files  []*os.File // handed down from descriptor 3 on
 	opened []*os.File // those of files that are ours to close
@@ -101,6 +102,7 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
 	defer l.closeOpened()
+	u.Add(func() error { l.gate.close(); return nil })
 
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -134,7 +136,7 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return newVM(h, &child{cmd: cmd}, l.engine.log), nil
+	return newVM(h, &child{cmd: cmd}, l.gate, l.engine.log), nil
 }
 
 func (l *launcher) handle(pid int) (vmm.Handle, error) {
@@ -163,22 +165,23 @@ func (l *launcher) machine() error {
 	if err != nil {
 		return err
 	}
-	agent, err := l.listen(agentSocket)
-	if err != nil {
-		return err
-	}
 	shape := "pc,hpet=off,vmport=off,usb=off,smm=off,graphics=off,i8042=off,memory-backend=ram"
 	if l.bare {
 		shape += ",suppress-vmdesc=on" // QEMU would miss the description that such a state lacks
 	}
+	name := "tine-" + l.spec.ID
+	if l.spec.Machine.Deterministic {
+		shape += ",nvdimm=on"
+		name += ",debug-threads=on" // delayMain finds one by its name
+	}
 	ram := l.spec.Machine.MemoryMiB
 	room := root.Size()>>20 + 1024 // address space for the root image, and its alignment to 1 GiB
 	l.args = append(l.args,
-		"-name", "tine-"+l.spec.ID,
+		"-name", name,
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 		"-M", shape)
-	l.args = append(l.args, l.engine.cpu()...)
+	l.args = append(l.args, l.cpu()...)
 	l.args = append(l.args,
 		"-smp", strconv.Itoa(l.spec.Machine.VCPUs),
 		"-m", fmt.Sprintf("%dM,slots=1,maxmem=%dM", ram, int64(ram)+room),
@@ -186,6 +189,17 @@ func (l *launcher) machine() error {
 		// A console in a ring keeps the end of what the kernel said, and no
 		// guest can fill a disk with it.
 		"-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console",
+		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", control),
+		"-mon", "chardev=qmp,mode=control",
+	)
+	if l.spec.Machine.Deterministic {
+		return l.deterministic()
+	}
+	agent, err := l.listen(agentSocket)
+	if err != nil {
+		return err
+	}
+	l.args = append(l.args,
 		// virtio-pmem and not nvdimm: only it gives the guest's block device
 		// page structures, and with them DAX, so that files are read in place
 		// from the host's page cache and take no guest memory.
@@ -193,8 +207,6 @@ func (l *launcher) machine() error {
 		"-device", "virtio-serial-pci",
 		"-chardev", fmt.Sprintf("socket,id=agent,fd=%d,server=on,wait=off", agent),
 		"-device", "virtserialport,chardev=agent,name=tine.agent",
-		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", control),
-		"-mon", "chardev=qmp,mode=control",
 	)
 	if l.device != "" {
 		l.args = append(l.args, "-device", l.device)
@@ -226,8 +238,11 @@ func (l *launcher) closeOpened() {
 	l.opened = nil
 }
 
-func (e *Engine) cpu() []string {
-	if e.accel == KVM {
+func (l *launcher) cpu() []string {
+	if l.spec.Machine.Deterministic {
+		return deterministicCPU(l.spec.Machine.ClockShift)
+	}
+	if l.engine.accel == KVM {
 		return []string{"-accel", "kvm", "-cpu", "host"}
 	}
 	// 64 MiB hold the translations of any guest that Tine runs; QEMU would

@@ -70,6 +70,8 @@ type machine struct {
 	handle  vmm.Handle
 	process process
 	log     *slog.Logger
+	gate    *gate  // of a deterministic machine
+	shared  string // the file that is its memory, unless handle.Memory is
 	done    chan struct{}
 	err     error // set before done is closed
 
@@ -82,8 +84,8 @@ type machine struct {
 	control   *monitor   // dialled on first use
 }
 
-func newVM(h vmm.Handle, p process, log *slog.Logger) *machine {
-	m := &machine{handle: h, process: p, log: log, done: make(chan struct{})}
+func newVM(h vmm.Handle, p process, g *gate, log *slog.Logger) *machine {
+	m := &machine{handle: h, process: p, gate: g, log: log, done: make(chan struct{})}
 	go m.watch()
 	return m
 }
@@ -91,6 +93,7 @@ func newVM(h vmm.Handle, p process, log *slog.Logger) *machine {
 // watch waits for QEMU's end; it lives exactly as long as QEMU does.
 func (m *machine) watch() {
 	err := m.process.wait()
+	m.gate.close()
 	m.mu.Lock()
 	if err != nil && !m.killed {
 		m.err = m.explain(err)
@@ -138,6 +141,9 @@ func (m *machine) Err() error {
 // Dial connects to the agent's port. QEMU serves one connection at a time and
 // lets the next one wait.
 func (m *machine) Dial(ctx context.Context) (io.ReadWriteCloser, error) {
+	if m.gate != nil {
+		return nil, fmt.Errorf("%w: a deterministic machine has no stream to its agent", errdef.ErrUnsupported)
+	}
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", filepath.Join(m.handle.Dir, agentSocket))
 	if err != nil {
@@ -162,7 +168,12 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 		// QEMU would write all of the private memory among the device state.
 		return fmt.Errorf("%w: freeze a machine that was restored", errdef.ErrInvalid)
 	}
-	if err = m.Pause(ctx); err != nil {
+	if m.gate != nil {
+		err = m.haltExactly(ctx)
+	} else {
+		err = m.Pause(ctx)
+	}
+	if err != nil {
 		return err
 	}
 	defer func() {
@@ -173,7 +184,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 		defer cancel()
 		err = errors.Join(err, m.Resume(late), removeIfExists(device))
 	}()
-	f, err := os.OpenFile(device, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	f, err := os.OpenFile(device, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
 	if err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
@@ -189,7 +200,10 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	if err = control.executeAll(ctx, ignoreShared, start); err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
-	return m.waitMigration(ctx, control, "freeze")
+	if err = m.waitMigration(ctx, control, "freeze"); err == nil && m.gate != nil {
+		err = forgetHostClocks(f)
+	}
+	return err
 }
 
 // Paused reports whether the vCPUs stand still.
@@ -274,6 +288,14 @@ func (m *machine) load(ctx context.Context, fd int, fill func(context.Context, g
 	}
 	if err := m.waitMigration(ctx, control, "load device state"); err != nil || !run {
 		return err
+	}
+	if m.gate != nil {
+		// The guest may be at its gate before QEMU's main thread has answered, and
+		// the answer would wait until it is let through.
+		if err := control.send(ctx, command{Execute: "cont"}); err != nil {
+			return m.ended(fmt.Errorf("resume: %w", err))
+		}
+		return nil
 	}
 	return m.Resume(ctx)
 }

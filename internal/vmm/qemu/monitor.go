@@ -23,6 +23,8 @@ type monitor struct {
 	in   *bufio.Scanner
 	dead bool
 
+	seen map[string]bool // the events that there were, if they are of interest
+
 	scratch scratch
 }
 
@@ -75,6 +77,25 @@ var errNoAnswer = errors.New("QEMU closed its control connection")
 // execute runs one command and returns its result.
 func (m *monitor) execute(ctx context.Context, c command) (json.RawMessage, error) {
 	return m.do(ctx, c, nil)
+}
+
+// send has a command run without waiting for its answer, and without reading it:
+// the monitor is dead then.
+func (m *monitor) send(ctx context.Context, c command) error {
+	line, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead {
+		return errNoAnswer
+	}
+	stop := m.bound(ctx)
+	defer stop()
+	m.dead = true
+	_, err = m.conn.Write(append(line, '\n'))
+	return err
 }
 
 // executeAll runs commands one after the other until one fails.
@@ -141,6 +162,7 @@ func (m *monitor) exchange(c command, f *os.File) (json.RawMessage, error) {
 		}
 		switch {
 		case r.Event != "":
+			m.note(r.Event)
 		case r.Error != nil:
 			return nil, fmt.Errorf("QEMU: %s: %s", c.Execute, r.Error.Desc)
 		default:

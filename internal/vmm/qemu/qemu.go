@@ -97,18 +97,27 @@ func (e *Engine) Version() string { return e.version }
 
 // Caps says what QEMU can do with this accelerator.
 func (e *Engine) Caps() vmm.Caps {
-	return vmm.Caps{Hardware: e.accel == KVM, MaxVCPUs: 16}
+	return vmm.Caps{
+		Hardware: e.accel == KVM, MaxVCPUs: 16,
+		Deterministic: e.accel == TCG, Model: vmm.Model{Machine: "pc", CPU: deterministicModel},
+	}
 }
 
 // Start boots a machine.
 func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) {
-	if err := errors.Join(check(spec.Common), checkPath(spec.Memory)); err != nil {
+	if err := errors.Join(e.check(spec.Common), checkPath(spec.Memory)); err != nil {
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
 	}
 	l := newLauncher(e, spec.Common)
 	l.memory(spec.Memory)
 	var disks []string
 	cmdline := e.cmdline()
+	if spec.Machine.Deterministic {
+		var err error
+		if cmdline, err = e.deterministicCmdline(spec.Root); err != nil {
+			return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+		}
+	}
 	if spec.Disk != "" {
 		disks = []string{spec.Disk}
 		cmdline += " " + diskOption
@@ -121,6 +130,11 @@ func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) 
 		"-append", strings.TrimSpace(cmdline+" "+spec.Boot.Cmdline))
 	vm, err := l.launch(ctx)
 	if err != nil {
+		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+	}
+	vm.shared = spec.Memory
+	if err := vm.arm(ctx); err != nil {
+		err = errors.Join(err, vm.Kill(context.WithoutCancel(ctx)))
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
 	}
 	return vm, nil
@@ -136,7 +150,7 @@ func (e *Engine) Restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 }
 
 func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, error) {
-	if err := check(spec.Common); err != nil {
+	if err := e.check(spec.Common); err != nil {
 		return nil, err
 	}
 	if spec.Memory == "" || spec.Device == "" {
@@ -158,6 +172,9 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 	if err != nil {
 		return nil, err
 	}
+	if err := vm.arm(ctx); err != nil {
+		return nil, errors.Join(err, vm.Kill(context.WithoutCancel(ctx)))
+	}
 	if err := vm.load(ctx, device, spec.Fill, !spec.Paused); err != nil {
 		return nil, errors.Join(err, vm.Kill(context.WithoutCancel(ctx)))
 	}
@@ -177,7 +194,7 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine in %s: %w", h.Dir, err)
 	}
-	return newVM(h, &adopted{p: process}, e.log), nil
+	return newVM(h, &adopted{p: process}, nil, e.log), nil
 }
 
 // cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
@@ -200,7 +217,10 @@ const diskOption = "tine.disk=/dev/vda"
 // 108 bytes with its terminating zero (unix(7)).
 const maxSocketPath = 107
 
-func check(c vmm.Common) error {
+func (e *Engine) check(c vmm.Common) error {
+	if err := e.checkDeterministic(c.Machine); err != nil {
+		return err
+	}
 	switch {
 	case c.Machine.MemoryMiB < 64 || c.Machine.MemoryMiB > 1<<20:
 		return fmt.Errorf("%w: memory of %d MiB", errdef.ErrInvalid, c.Machine.MemoryMiB)

@@ -150,7 +150,7 @@ func (h *harness) nothingWritten(t *testing.T) {
 // manyBranches: the files of a disk do not pile up, and each branch has what
 // its source had, before and after the source's files were joined.
 func (h *harness) manyBranches(t *testing.T) {
-	const many, most = 40, 18
+	const many, most = 24, 18
 	ctx := within(t, 5*time.Minute)
 	vm := h.restore(t, h.restoreSpec(t))
 	c := identified(t, vm)

@@ -35,6 +35,7 @@ type Setup struct {
 func Run(t *testing.T, s Setup) {
 	h := &harness{Setup: s, work: shortTempDir(t)}
 	t.Run("refuses-bad-shapes", h.refusesBadShapes)
+	t.Run("refuses-what-is-not-deterministic", h.refusesDeterministic)
 	t.Run("refuses-a-canceled-context", h.refusesCanceled)
 	t.Run("ends-when-killed", h.endsWhenKilled)
 	h.template(t)
@@ -166,6 +167,45 @@ func (h *harness) refusesBadShapes(t *testing.T) {
 		if vm, err := h.Engine.Start(within(t, time.Minute), spec); !errors.Is(err, errdef.ErrInvalid) {
 			t.Errorf("Start with %+v: vm %v, error %v, want ErrInvalid", shape, vm, err)
 		}
+	}
+}
+
+// refusesDeterministic: a shape that no deterministic machine has is invalid,
+// and any is unsupported where there are none.
+func (h *harness) refusesDeterministic(t *testing.T) {
+	good := vmm.Machine{MemoryMiB: 192, VCPUs: 1, Deterministic: true, ClockShift: 1}
+	unlike := func(change func(*vmm.Machine)) vmm.Machine {
+		m := good
+		change(&m)
+		return m
+	}
+	for _, tt := range []struct {
+		shape vmm.Machine
+		want  error
+	}{
+		{unlike(func(m *vmm.Machine) { m.VCPUs = 2 }), errdef.ErrInvalid},
+		{unlike(func(m *vmm.Machine) { m.ClockShift = vmm.MaxClockShift + 1 }), errdef.ErrInvalid},
+		{unlike(func(m *vmm.Machine) { m.ClockShift = -1 }), errdef.ErrInvalid},
+		{unlike(func(m *vmm.Machine) { m.DiskMiB = 64 }), errdef.ErrInvalid},
+		{unlike(func(m *vmm.Machine) { m.MemoryMiB = 4 << 10 }), errdef.ErrInvalid},
+		{good, nil},
+	} {
+		switch {
+		case !h.Engine.Caps().Deterministic:
+			tt.want = errdef.ErrUnsupported
+		case tt.want == nil:
+			continue
+		}
+		spec := vmm.StartSpec{Common: h.common(t), Boot: h.Boot}
+		spec.Machine = tt.shape
+		if vm, err := h.Engine.Start(within(t, time.Minute), spec); !errors.Is(err, tt.want) {
+			t.Errorf("Start with %+v: vm %v, error %v, want %v", tt.shape, vm, err, tt.want)
+		}
+	}
+	spec := vmm.StartSpec{Common: h.common(t), Boot: h.Boot}
+	spec.Machine.ClockShift = 1
+	if vm, err := h.Engine.Start(within(t, time.Minute), spec); !errors.Is(err, errdef.ErrInvalid) {
+		t.Errorf("Start of an ordinary machine with a clock shift: vm %v, error %v, want ErrInvalid", vm, err)
 	}
 }
 

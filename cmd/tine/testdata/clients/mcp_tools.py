@@ -49,9 +49,20 @@ async def drive(session):
     for options in {"tag": "mcp-full"}, {"tag": "mcp-live", "mode": "live"}, {"tag": "mcp-diff", "diff": True}:
         branch = answer(await call("branch_sandbox", sandbox_id=src, **options))
         assert branch["tag"] == options["tag"] and branch["status"] == "ready", branch
-    # Kernel and root filesystem are not for callers to choose: it says so.
-    refused = await call("create_snapshot", tag="mcp-made", kernel="/vmlinux", rootfs="/rootfs.ext4")
+    # A snapshot of files of the daemon's host, and a fork of it.
+    files = {"kernel": os.environ["FORKD_KERNEL"], "rootfs": os.environ["FORKD_ROOTFS"]}
+    refused = await call("create_snapshot", **{"tag": "mcp-made", **files, "kernel": "/none"})
     assert refused.isError and "400" in refused.content[0].text, refused
+    snap = answer(await call("create_snapshot", tag="mcp-made", **files))
+    assert snap["status"] == "ready" and snap["bootable"] is True and "kernel" in snap["warning"], snap
+    assert (snap["memory_mib"], snap["vcpus"]) == (512, 2), snap
+    refused = await call("create_snapshot", tag="mcp-made", **files)
+    assert refused.isError and "400" in refused.content[0].text, refused
+    (made,) = many(await call("spawn_sandboxes", snapshot_tag="mcp-made"))
+    boxes.append(made)
+    script = "read -r line </etc/made; echo $line; echo more >>/etc/made; read -r line </twin; echo $line"
+    result = answer(await call("exec_command", sandbox_id=made["id"], args=["/bin/sh", "-c", script]))
+    assert (result["stdout"], result["exit_code"]) == ("as a file\nas a file\n", 0), result
     for box in boxes:
         assert answer(await call("kill_sandbox", sandbox_id=box["id"]))["killed"] is True
     assert many(await call("list_sandboxes")) == []
