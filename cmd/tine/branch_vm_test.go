@@ -130,8 +130,8 @@ func TestBranchKillMinusNine(t *testing.T) {
 		func(i int) []string { return []string{"promote", "node", "p" + strconv.Itoa(i)} },
 		func(int) []string { return []string{"snapshot", "rm", "spare"} },
 	}
-	for i := range 2 * len(verbs) {
-		verb := verbs[i%len(verbs)](i)
+	for i, verbOf := range verbs {
+		verb := verbOf(i)
 		cmd := h.command(t.Context(), verb...)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
@@ -193,7 +193,7 @@ func (h *host) sound(id, when string) {
 func TestMachineKilledWhileBranched(t *testing.T) {
 	h := newOwnHost(t)
 	h.serve()
-	for i := range 8 {
+	for i := range 4 {
 		id := h.forkOf("py")
 		h.must("exec", id, "--", "sh", "-c", "head -c 30000000 /dev/urandom > /root/noise")
 		pid := h.machines()

@@ -243,7 +243,7 @@ func TestDailyPath(t *testing.T) {
 // what was promised is still there, and nothing else is.
 func TestKillMinusNine(t *testing.T) {
 	h := newHost(t)
-	for i := range 6 {
+	for i := range 4 {
 		daemon := h.serve()
 		before := h.ids()
 		ctx, cancel := context.WithCancel(t.Context())

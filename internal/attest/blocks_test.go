@@ -192,8 +192,8 @@ func TestRemakeSnapshot(t *testing.T) {
 	}
 	snap.Manifest.Memory, snap.Manifest.Device = snapshot.File{Digest: "m", Size: 1}, snapshot.File{Digest: "d", Size: 1}
 	same := deterministic.Comparison{Snapshot: snap, Memory: snap.Manifest.Memory, Device: snap.Manifest.Device}
-	other := same
-	other.Device.Digest = "e"
+	tick, other := same, same
+	tick.Device.Digest, other.Memory.Digest = "e", "n"
 	for name, c := range map[string]struct {
 		remade deterministic.Comparison
 		refuse error
@@ -201,7 +201,8 @@ func TestRemakeSnapshot(t *testing.T) {
 		missed int
 	}{
 		"same":         {same, nil, record.Verified, 0},
-		"other-device": {other, nil, record.Mismatch, 0},
+		"other-device": {tick, nil, record.Verified, 0},
+		"other-memory": {other, nil, record.Mismatch, 0},
 		"no-image":     {same, fmt.Errorf("%w: its image is gone", errdef.ErrConflict), record.CannotCompare, 1},
 		"no-engine":    {same, fmt.Errorf("%w: this engine has none", errdef.ErrUnsupported), record.CannotCompare, 1},
 	} {

@@ -254,7 +254,8 @@ func (a *Attestor) planAgain(ctx context.Context, r record.Record, in record.Inp
 	}
 	req := Request{Snapshot: r.Environment.Snapshot, Mode: r.Mode, Input: in, MemoryDigest: r.Output.Memory != ""}
 	w, err = a.plan(ctx, req)
-	if errors.Is(err, errdef.ErrUnsupported) || errors.Is(err, errdef.ErrConflict) {
+	// Invalid: another version of this program may have allowed more.
+	if errors.Is(err, errdef.ErrUnsupported) || errors.Is(err, errdef.ErrConflict) || errors.Is(err, errdef.ErrInvalid) {
 		return nil, err.Error(), nil
 	}
 	return w, "", err

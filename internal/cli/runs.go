@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -305,18 +307,30 @@ func (a *app) runRecorded(ctx context.Context, snapshot string, args []string, f
 
 // runAlong runs, and shows the output as it comes.
 func (a *app) runAlong(ctx context.Context, c *client.Client, req client.RunRequest) (client.RunResult, error) {
-	if a.flags.json {
-		result, err := c.Run(ctx, req)
-		if err == nil {
-			err = a.printJSON(result)
-		}
-		return result, err
-	}
 	news := a.newNews()
 	defer news.close()
 	req.Report = news.report
-	req.Stdout, req.Stderr = after{news, a.Stdout}, after{news, a.Stderr}
-	return c.Run(ctx, req)
+	if !a.flags.json {
+		req.Stdout, req.Stderr = after{news, a.Stdout}, after{news, a.Stderr}
+		return c.Run(ctx, req)
+	}
+	var stdout, stderr bytes.Buffer // the daemon tells of progress only where it streams the output
+	req.Stdout, req.Stderr = &stdout, &stderr
+	result, err := c.Run(ctx, req)
+	if err != nil {
+		return result, err
+	}
+	result.Stdout, result.StdoutBase64 = textOf(stdout.Bytes())
+	result.Stderr, result.StderrBase64 = textOf(stderr.Bytes())
+	return result, a.printJSON(result)
+}
+
+// textOf is data as text, or as it is where it is none.
+func textOf(data []byte) (text string, binary []byte) {
+	if utf8.Valid(data) {
+		return string(data), nil
+	}
+	return "", data
 }
 
 // after is a writer that takes news off the terminal first.

@@ -53,6 +53,8 @@ func TestCounted(t *testing.T) {
 	m.Request("BREW", "none", 405, time.Millisecond)
 	m.Failure("not_found")
 	m.Event("created")
+	m.Run("deterministic", "ok")
+	m.Verified("mismatch")
 	m.StreamOpened()
 	got := text(t, m, metrics.Sample{
 		Private: 5, Shared: 7, Measured: 1, Pools: []metrics.Pool{{Snapshot: "py", Ready: 1, Want: 2}},
@@ -64,6 +66,7 @@ func TestCounted(t *testing.T) {
 		`tine_http_request_seconds_count{method="GET",route="/v1/sandboxes/{id}",status="4xx"} 1`,
 		`tine_http_request_seconds_count{method="other",route="none",status="4xx"} 1`,
 		`tine_failures_total{cause="not_found"} 1`, `tine_events_total{type="created"} 1`, `tine_event_streams 1`,
+		`tine_runs_total{mode="deterministic",outcome="ok"} 1`, `tine_verifications_total{result="mismatch"} 1`,
 		`tine_sandbox_memory_private_bytes 5`, `tine_sandbox_memory_shared_bytes 7`,
 		`tine_pool_ready{snapshot="py"} 1`, `tine_pool_want{snapshot="py"} 2`,
 	} {

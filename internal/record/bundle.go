@@ -99,8 +99,8 @@ func ReadBundle(r io.Reader) (*Bundle, error) {
 		return nil, fmt.Errorf("read record: %w", err)
 	}
 	if first[0] == '{' {
-		e, err := readEnvelope(in, maxEnvelope+1)
-		return &Bundle{Envelope: e}, err
+		e, readErr := readEnvelope(in, maxEnvelope+1)
+		return &Bundle{Envelope: e}, readErr
 	}
 	read := sha256.New()
 	b, err := readTar(tar.NewReader(io.TeeReader(in, read)))
