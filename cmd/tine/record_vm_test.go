@@ -56,14 +56,25 @@ func TestRecord(t *testing.T) {
 		t.Errorf("collected %q, %v", data, err)
 	}
 
+	ordinary := func() string {
+		stdout, stderr, code := h.tine("run", "-q", "--recorded", "--snapshot", vmtest.SnapshotTag, "--file", "/in="+in, "--", "python3", "-c", recite)
+		if code != 3 {
+			t.Errorf("exit code %d, stdout %q, stderr %q", code, stdout, stderr)
+		}
+		return stdout
+	}
+	if one, two := ordinary(), ordinary(); one == two {
+		t.Errorf("two ordinary runs said %s", one)
+	}
+
 	h.interrupted(func(run *os.Process) error { return run.Signal(os.Interrupt) })
 	h.interrupted(func(*os.Process) error { end(t, daemon, syscall.SIGKILL); return nil })
 	h.serve()
 	h.want("verified\n", "verify", "-q", bundle)
-	if stdout, _, _ := h.tine("record", "ls", "-q"); strings.Count(stdout, "\n") != 3 {
-		t.Errorf("records: %q, want 3", stdout)
+	if stdout, _, _ := h.tine("record", "ls", "-q"); strings.Count(stdout, "\n") != 5 {
+		t.Errorf("records: %q, want 5", stdout)
 	}
-	if stdout, stderr, code := h.tine("record", "check", "--contents"); code != 0 || !strings.HasPrefix(stdout, "ok: 3 records") {
+	if stdout, stderr, code := h.tine("record", "check", "--contents"); code != 0 || !strings.HasPrefix(stdout, "ok: 5 records") {
 		t.Errorf("check: exit code %d, %s%s", code, stdout, stderr)
 	}
 	data, err := os.ReadFile(bundle)

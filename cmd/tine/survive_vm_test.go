@@ -18,7 +18,7 @@ import (
 )
 
 // surviveTime is how long TestSurvive goes on killing.
-const surviveTime = 30 * time.Second
+const surviveTime = 20 * time.Second
 
 // told is what clients of a daemon that is killed again and again have been
 // told, or have asked for without learning what became of it.

@@ -300,11 +300,11 @@ func instant(t time.Time) string {
 // exitCodeOf is an exit code as exec tells it.
 func exitCodeOf(out record.RecordedOutput) int64 {
 	switch out.Failure {
-	case "not found":
+	case record.NotFound:
 		return exitNoCommand
-	case "not executable":
+	case record.NotExecutable:
 		return exitNotExec
-	case "timed out":
+	case record.TimedOut:
 		return exitTimeout
 	}
 	if n, err := parseSignal(strings.TrimPrefix(out.Signal, "SIG")); out.Signal != "" && err == nil {

@@ -96,9 +96,9 @@ func command(ctx context.Context, c *guest.Client, w *work) (record.Output, erro
 	res, err := c.Run(ctx, spec, bytes.NewReader(in.Stdin), in.Limits.Output)
 	switch {
 	case errors.Is(err, errdef.ErrNotFound):
-		return record.Output{Exit: -1, Failure: "not found"}, nil
+		return record.Output{Exit: -1, Failure: record.NotFound}, nil
 	case errors.Is(err, errdef.ErrDenied):
-		return record.Output{Exit: -1, Failure: "not executable"}, nil
+		return record.Output{Exit: -1, Failure: record.NotExecutable}, nil
 	case err != nil:
 		return record.Output{}, err
 	}
@@ -108,9 +108,9 @@ func command(ctx context.Context, c *guest.Client, w *work) (record.Output, erro
 	}
 	switch {
 	case res.Exit.TimedOut:
-		out.Failure = "timed out"
+		out.Failure = record.TimedOut
 	case res.Truncated:
-		out.Failure = "output limit"
+		out.Failure = record.OutputLimit
 	}
 	return out, errors.Join(w.show(w.opt.Stdout, out.Stdout), w.show(w.opt.Stderr, out.Stderr))
 }

@@ -397,11 +397,11 @@ func (a *app) printBlockRun(res client.BlockRun) error {
 func blockOutcome(res client.BlockRun) error {
 	code := res.ExitCode
 	switch signal := unix.SignalNum(res.Signal); {
-	case res.Failure == "timed out":
+	case res.Failure == record.TimedOut:
 		code = exitTimeout
-	case res.Failure == "not executable":
+	case res.Failure == record.NotExecutable:
 		code = exitNotExec
-	case res.Failure == "not found":
+	case res.Failure == record.NotFound:
 		code = exitNoCommand
 	case signal > 0:
 		code = exitSignal + int(signal)

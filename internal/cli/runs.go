@@ -383,9 +383,9 @@ func (a *app) recordedOutcome(r client.RunResult) error {
 	}
 	switch r.Failure {
 	case "":
-	case "timed out":
+	case record.TimedOut:
 		a.notef("tine: the command ran out of time")
-	case "output limit":
+	case record.OutputLimit:
 		a.notef("tine: the command wrote more than its limit, and was ended")
 	default:
 		a.notef("tine: the command: %s", r.Failure)

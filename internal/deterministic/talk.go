@@ -203,15 +203,15 @@ func refused(body []byte) error {
 func failure(end guestproto.JobEnd) string {
 	switch end {
 	case guestproto.JobNotFound:
-		return "not found"
+		return record.NotFound
 	case guestproto.JobNotExecutable:
-		return "not executable"
+		return record.NotExecutable
 	case guestproto.JobTimedOut:
-		return "timed out"
+		return record.TimedOut
 	case guestproto.JobOutputLimit:
-		return "output limit"
+		return record.OutputLimit
 	case guestproto.JobOutOfMemory:
-		return "out of memory"
+		return record.OutOfMemory
 	default:
 		return ""
 	}

@@ -58,8 +58,8 @@ type Output struct {
 	Exit int `json:"exit_code"`
 	// Signal is the name of the signal that ended the command ("SIGSEGV").
 	Signal string `json:"signal,omitempty"`
-	// Failure says why the command did not start or was ended from outside:
-	// "not found", "not executable", "timed out", "output limit", "out of memory".
+	// Failure says why the command did not start or was ended from outside: one
+	// of the failures, or nothing.
 	Failure string `json:"failure,omitempty"`
 	// Files are those of Input.Collect that are there, in that order.
 	Files []File `json:"files,omitempty"`
@@ -71,3 +71,12 @@ type Output struct {
 	// asked for: "sha256:HEX".
 	Memory string `json:"memory_digest,omitempty"`
 }
+
+// The failures.
+const (
+	NotFound      = "not found"
+	NotExecutable = "not executable"
+	TimedOut      = "timed out"
+	OutputLimit   = "output limit"
+	OutOfMemory   = "out of memory"
+)

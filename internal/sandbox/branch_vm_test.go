@@ -100,11 +100,11 @@ func number(t *testing.T, name string, otherwise int) int {
 func TestVMBranches(t *testing.T) {
 	l := newLab(t)
 	source := l.fork(t, 1)[0]
-	l.testify(t, source, number(t, "TINE_TEST_DIRTY_MIB", 32))
+	l.testify(t, source, number(t, "TINE_TEST_DIRTY_MIB", 16))
 	modes := []sandbox.Mode{sandbox.Live, sandbox.Diff, sandbox.Full}
 	var seen []string
 	last := 0
-	for i := range number(t, "TINE_TEST_BRANCHES", 6) {
+	for i := range number(t, "TINE_TEST_BRANCHES", 3) {
 		mode := modes[i%len(modes)]
 		snap := l.branch(t, source, mode)
 		if snap.Mode != string(mode) {
