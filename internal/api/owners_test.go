@@ -166,6 +166,9 @@ func TestOwnBranches(t *testing.T) {
 	g.expect(t, g.do(t, "few", "POST", "/v1/sandboxes/"+other+"/rollback", `{"to":"mine"}`), 404, "")
 	g.expect(t, g.do(t, "few", "GET", "/v1/diff?a=mine&b=py", ""), 404, "")
 	g.expect(t, g.do(t, "few", "POST", "/v1/workspaces", `{"name":"w","snapshot_tag":"mine"}`), 404, "")
+	g.expect(t, g.do(t, "few", "POST", "/v1/runs", `{"mode":"normal","snapshot":"mine","args":["true"]}`), 404, "")
+	g.expect(t, g.do(t, "few", "POST", "/v1/runs", `{"mode":"normal","snapshot":"`+digest+`","args":["true"]}`), 404, "")
+	g.expect(t, g.do(t, "few", "POST", "/v1/runs", `{"snapshot":"mine","args":["true"]}`), 404, "")
 	g.expect(t, g.do(t, "fork", "POST", "/v1/sandboxes", `{"snapshot_tag":"mine"}`), 201, "")
 	g.expect(t, g.do(t, "admin", "POST", "/v1/sandboxes", `{"snapshot_tag":"mine"}`), 201, "")
 }

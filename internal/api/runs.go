@@ -92,6 +92,9 @@ func (s *server) createRun(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	req, err := runRequest(body)
+	if err == nil {
+		err = mayUse(r.Context(), s.Snapshots, req.Snapshot, s.ShareSandboxes)
+	}
 	if err != nil {
 		s.fail(w, r, err)
 		return
