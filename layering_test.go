@@ -52,7 +52,7 @@ var mayImport = map[string][]string{
 	},
 	"internal/block": {"internal/durable", "internal/errdef", "internal/record"},
 	"internal/deterministic": {
-		"internal/durable", "internal/errdef", "internal/guestproto", "internal/image", "internal/linux", "internal/progress", "internal/record",
+		"internal/durable", "internal/errdef", "internal/guestproto", "internal/image", "internal/progress", "internal/record",
 		"internal/snapshot", "internal/vmm",
 	},
 	"internal/sandbox": {

@@ -13,7 +13,6 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestproto"
 	"github.com/tinevm/tine/internal/image"
-	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
@@ -113,7 +112,7 @@ func (t *template) manifest() snapshot.Manifest {
 // make leaves the memory and the device state of the frozen template in files
 // that are not there yet. Its machine is gone when it returns.
 func (t *template) make(ctx context.Context, memory, device string) (facts snapshot.Facts, err error) {
-	if err = t.room(filepath.Dir(memory)); err != nil {
+	if err = snapshot.CheckRoom(filepath.Dir(memory), t.shape); err != nil {
 		return snapshot.Facts{}, err
 	}
 	if err = t.r.slots.Acquire(ctx, 1); err != nil {
@@ -131,7 +130,7 @@ func (t *template) make(ctx context.Context, memory, device string) (facts snaps
 	}
 	defer func() { err = errors.Join(err, kill(ctx, t.vm)) }()
 	if err = t.greet(ctx); err != nil {
-		return snapshot.Facts{}, t.explain(ctx, err)
+		return snapshot.Facts{}, vmm.Explain(ctx, t.vm, err)
 	}
 	for _, argv := range t.warmup() {
 		if err = t.warm(ctx, argv); err != nil {
@@ -149,17 +148,6 @@ func (t *template) make(ctx context.Context, memory, device string) (facts snaps
 	}
 	facts.SnapshotMS = time.Since(freezing).Milliseconds()
 	return facts, nil
-}
-
-// room checks that the disk can take all of the machine's memory: one that ran
-// out of it while the machine writes would end the machine without a word.
-func (t *template) room(dir string) error {
-	need := int64(t.shape.MemoryMiB) << 20
-	free, err := linux.FreeSpace(dir)
-	if err == nil && free < need {
-		err = fmt.Errorf("%w: %d MiB are free where snapshots are kept, and the template's memory may need %d", errdef.ErrExhausted, free>>20, need>>20)
-	}
-	return err
 }
 
 func (t *template) boot(ctx context.Context, dir, memory string) (err error) {
@@ -192,24 +180,6 @@ func (t *template) greet(ctx context.Context) error {
 }
 
 var errNoAgent = fmt.Errorf("%w: the guest's agent has not come to the rendezvous", errdef.ErrTimeout)
-
-// explain adds what the guest's kernel said last to why it did not come up.
-func (t *template) explain(ctx context.Context, err error) error {
-	teller, ok := t.vm.(interface {
-		Console(ctx context.Context) (string, error)
-	})
-	if !ok {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	const shown = 400
-	text, consoleErr := teller.Console(ctx)
-	if consoleErr != nil || text == "" {
-		return err
-	}
-	return fmt.Errorf("%w; the guest's console ends: %q", err, text[max(0, len(text)-shown):])
-}
 
 // importLine begins the line of a manifest's warm-up that names modules.
 const importLine = "import "

@@ -12,7 +12,6 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
-	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
@@ -56,7 +55,7 @@ func (m *Manager) createSnapshot(ctx context.Context, req SnapshotRequest) (_ sn
 	}
 	defer func() { err = errors.Join(err, stage.Abort()) }()
 	t := &template{m: m, img: img, req: req, stage: stage, shape: m.shape(req.Machine)}
-	if err = errors.Join(t.check(), t.room()); err != nil {
+	if err = errors.Join(t.check(), snapshot.CheckRoom(t.stage.Dir(), t.shape)); err != nil {
 		return snapshot.Snapshot{}, err
 	}
 	if err = t.make(ctx); err != nil {
@@ -115,21 +114,6 @@ const (
 func (t *template) check() error {
 	if d := t.shape.DiskMiB; d != 0 && (d < minDisk || d > maxDisk) {
 		return fmt.Errorf("%w: scratch disk of %d MiB: it must be %d to %d", errdef.ErrInvalid, d, minDisk, maxDisk)
-	}
-	return nil
-}
-
-// room checks that the disk can take all of the machine's memory: one that ran
-// out of it while the machine writes would end the machine without a word.
-func (t *template) room() error {
-	need := int64(t.shape.MemoryMiB) << 20
-	free, err := linux.FreeSpace(t.stage.Dir())
-	if err != nil {
-		return err
-	}
-	if free < need {
-		err = fmt.Errorf("%w: %d MiB are free where snapshots are kept, and the template's memory may need %d", errdef.ErrExhausted, free>>20, need>>20)
-		return errdef.WithHint(err, "free some space: tine snapshot gc, tine image rm")
 	}
 	return nil
 }
@@ -232,19 +216,7 @@ func (t *template) explain(ctx context.Context, err error) error {
 		return cause(t.vm, err)
 	case <-time.After(deathNotice):
 	}
-	teller, ok := t.vm.(interface {
-		Console(ctx context.Context) (string, error)
-	})
-	if !ok {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	text, consoleErr := teller.Console(ctx)
-	if consoleErr != nil || text == "" {
-		return err
-	}
-	return fmt.Errorf("%w; the guest's console ends: %q", err, text[max(0, len(text)-400):])
+	return vmm.Explain(ctx, t.vm, err)
 }
 
 // warm starts the interpreters and runs the warm-up commands.
