@@ -33,6 +33,7 @@ var mayImport = map[string][]string{
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
+	"internal/cgroup":   {"internal/errdef", "internal/undo"},
 	"internal/ext4":     {"internal/errdef"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
@@ -138,7 +139,7 @@ var testsMayImport = map[string][]string{
 // plain are the packages that use no other module than x/sys: leaves that
 // everything stands on, and what goes into the guest.
 var plain = []string{
-	"cmd/tine-agent", "internal/agent", "internal/durable", "internal/errdef", "internal/guest",
+	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/durable", "internal/errdef", "internal/guest",
 	"internal/guestproto", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
 }
 
