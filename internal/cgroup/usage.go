@@ -10,7 +10,8 @@ import (
 )
 
 // Usage is what a group takes, and has taken since it was made. What this host
-// does not count is 0.
+// does not count is 0. The kernel may be seconds late with PrivateBytes and
+// SharedBytes.
 type Usage struct {
 	MemoryBytes  int64         // all that is on its account now
 	PrivateBytes int64         // of it, what processes have written and no file backs

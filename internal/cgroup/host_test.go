@@ -1,0 +1,365 @@
+package cgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tinevm/tine/internal/errdef"
+)
+
+// patience bounds waits for what must come about: a test that fails is late,
+// and nothing is measured.
+const patience = time.Minute
+
+var hostNumber atomic.Int64
+
+// realHost opens the control groups of this host, below a parent of the test's
+// own, and takes all of it away at the end. It skips tests that this host
+// cannot run for want of root or of the controllers needed.
+func realHost(t *testing.T, needs ...string) *Hierarchy {
+	t.Helper()
+	name := fmt.Sprintf("tine-test-%d-%d", os.Getpid(), hostNumber.Add(1))
+	h, err := Open(Config{Name: name, Disk: "."})
+	if errors.Is(err, errdef.ErrDenied) || errors.Is(err, errdef.ErrUnsupported) {
+		t.Skipf("NOT TESTED on real control groups: %v (hint: %s)", err, errdef.Hint(err))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { sweep(t, h) })
+	for _, c := range needs {
+		if !h.has(c) {
+			t.Skipf("NOT TESTED on real control groups: %s: %s", c, h.missing[c])
+		}
+	}
+	return h
+}
+
+// sweep ends and removes all groups of a test, and sees that nothing is left.
+func sweep(t *testing.T, h *Hierarchy) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	names, err := h.Names()
+	if err != nil {
+		t.Error(err)
+	}
+	for _, name := range names {
+		g, err := h.Group(name)
+		if err == nil {
+			err = errors.Join(g.Kill(ctx), g.Remove(ctx))
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if err = h.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, tr := range h.trees {
+		if _, err = os.Stat(tr.parent); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", tr.parent, err)
+		}
+	}
+}
+
+func group(t *testing.T, h *Hierarchy, name string, l Limits) *Group {
+	t.Helper()
+	g, err := h.Create(name, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// run starts a helper in a group. The test need not end it, but what it is in.
+func run(t *testing.T, g *Group, role, name string) *exec.Cmd {
+	t.Helper()
+	cmd, err := start(context.WithoutCancel(t.Context()), g, role, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		_ = cmd.Wait()         // it was killed
+	})
+	return cmd
+}
+
+// until waits for a group's usage to be as wanted.
+func until(t *testing.T, g *Group, what string, want func(Usage) bool) Usage {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	var p pause
+	for {
+		u, err := g.Usage()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want(u) {
+			return u
+		}
+		if err = p.wait(ctx); err != nil {
+			t.Fatalf("%s did not come about: %+v", what, u)
+		}
+	}
+}
+
+func killed(err error) bool {
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok {
+		return false
+	}
+	status, ok := exit.Sys().(syscall.WaitStatus)
+	return ok && status.Signal() == syscall.SIGKILL
+}
+
+func alive(t *testing.T, g *Group, cmd *exec.Cmd) {
+	t.Helper()
+	all, err := g.pids()
+	if err != nil || !slices.Contains(all, cmd.Process.Pid) {
+		t.Errorf("process %d is not in group %s any more: %v, %v", cmd.Process.Pid, g.Name(), all, err)
+	}
+}
+
+func TestHostMemory(t *testing.T) {
+	t.Parallel()
+	h := realHost(t, memory)
+	bystander := group(t, h, "bystander", Limits{MemoryBytes: feast})
+	beside := run(t, bystander, "idle", "")
+	g := group(t, h, "glutton", Limits{MemoryBytes: feast / 4})
+	if err := run(t, g, "eat", "").Wait(); !killed(err) {
+		t.Errorf("the process that took too much: %v", err)
+	}
+	u := until(t, g, "OOMKills", func(u Usage) bool { return u.OOMKills > 0 })
+	if u.PeakBytes > feast/4 {
+		t.Errorf("it had %d bytes of at most %d", u.PeakBytes, feast/4)
+	}
+	alive(t, bystander, beside)
+	// The kernel sums up what memory is used for only every few seconds.
+	u = until(t, bystander, "private memory", func(u Usage) bool { return u.PrivateBytes > 0 })
+	if u.OOMKills != 0 || u.MemoryBytes == 0 {
+		t.Errorf("the other group: %+v", u)
+	}
+}
+
+// A limit that is raised while a process runs holds from then on.
+func TestHostSet(t *testing.T) {
+	t.Parallel()
+	h := realHost(t, memory)
+	g := group(t, h, "growing", Limits{MemoryBytes: 16 << 20})
+	for _, bytes := range []int64{64 << 20, 32 << 20, 0, 2 * feast} {
+		if err := g.Set(Limits{MemoryBytes: bytes}); err != nil {
+			t.Errorf("%d: %v", bytes, err)
+		}
+	}
+	if err := run(t, g, "eat", "").Wait(); killed(err) || err == nil {
+		t.Errorf("the process that had enough: %v", err)
+	}
+}
+
+func TestHostPIDs(t *testing.T) {
+	t.Parallel()
+	const most = 40
+	h := realHost(t, pids)
+	l := Limits{PIDs: most}
+	if h.has(cpu) {
+		l.CPUMillis = 200 // for the sake of whoever else is here
+	}
+	g := group(t, h, "bomb", l)
+	run(t, g, "bomb", "")
+	refused := func(Usage) bool {
+		data, err := readFile(filepath.Join(h.by[pids].dir("bomb"), "pids.events"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := parseField(data, "max")
+		return err == nil && n > 0
+	}
+	if u := until(t, g, "a fork that was refused", refused); u.PIDs > most {
+		t.Errorf("%d processes, at most %d", u.PIDs, most)
+	}
+	other := group(t, h, "other", l)
+	alive(t, other, run(t, other, "idle", ""))
+}
+
+func TestHostCPU(t *testing.T) {
+	t.Parallel()
+	h := realHost(t, cpu)
+	g := group(t, h, "busy", Limits{CPUMillis: 50})
+	run(t, g, "spin", "")
+	until(t, g, "throttling", func(u Usage) bool { return u.Throttled > 0 && u.CPU > 0 })
+	free := group(t, h, "free", Limits{})
+	run(t, free, "idle", "")
+	if u, err := free.Usage(); err != nil || u.Throttled != 0 {
+		t.Errorf("without a limit: %+v, %v", u, err)
+	}
+}
+
+func TestHostIO(t *testing.T) {
+	t.Parallel()
+	h := realHost(t, blkio)
+	g := group(t, h, "disk", Limits{IOBytes: 1 << 20})
+	rules := func() string {
+		file := "blkio.throttle.write_bps_device"
+		if h.by[blkio].v2 {
+			file = "io.max"
+		}
+		data, err := readFile(filepath.Join(h.by[blkio].dir("disk"), file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(data)
+	}
+	if got := rules(); !strings.Contains(got, h.device) || !strings.Contains(got, "1048576") {
+		t.Errorf("the kernel has %q for device %s", got, h.device)
+	}
+	if err := g.Set(Limits{}); err != nil || strings.TrimSpace(rules()) != "" {
+		t.Errorf("the limit is left: %q, %v", rules(), err)
+	}
+	alive(t, g, run(t, g, "idle", ""))
+}
+
+// Whoever has inherited the entrances needs no rights of its own.
+func TestHostEntrancesOfNobody(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("NOT TESTED: only root can become nobody")
+	}
+	h := realHost(t)
+	g := group(t, h, "a", Limits{})
+	pid := run(t, g, "nobody", "").Process.Pid
+	for _, tr := range h.trees {
+		all, err := readPIDs(tr.dir("a"))
+		if err != nil || !slices.Equal(all, []int{pid}) {
+			t.Errorf("%s has %v, %v; want %d", tr.parent, all, err, pid)
+		}
+	}
+}
+
+// A group that makes processes faster than they could be killed one by one
+// ends, by each of the means that hosts have.
+func TestHostKill(t *testing.T) {
+	t.Parallel()
+	tests := map[string]func(h *Hierarchy){
+		"as_it_is": func(*Hierarchy) {},
+		"without_v2": func(h *Hierarchy) {
+			h.trees = slices.DeleteFunc(h.trees, func(t *tree) bool { return t.v2 })
+		},
+		"without_v2_and_freezer": func(h *Hierarchy) {
+			h.trees = slices.DeleteFunc(h.trees, func(t *tree) bool { return t.v2 || t == h.by[freezer] })
+			delete(h.by, freezer)
+		},
+	}
+	for name, without := range tests {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const most = 100
+			h := realHost(t, pids)
+			if h.by[pids].v2 && name != "as_it_is" {
+				t.Skip("NOT TESTED: this host has no v1 to fall back to")
+			}
+			t.Cleanup(func(all []*tree) func() { return func() { h.trees = all } }(slices.Clone(h.trees)))
+			without(h)
+			l := Limits{PIDs: most}
+			if h.has(cpu) {
+				l.CPUMillis = 500
+			}
+			g := group(t, h, "bomb", l)
+			cmd := run(t, g, "bomb", "")
+			until(t, g, "a full group", func(u Usage) bool { return u.PIDs > most/2 })
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			defer cancel()
+			if err := g.Kill(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if all, err := g.pids(); err != nil || len(all) > 0 {
+				t.Errorf("left: %v, %v", all, err)
+			}
+			if err := cmd.Wait(); !killed(err) {
+				t.Errorf("the first of them: %v", err)
+			}
+			if err := errors.Join(g.Kill(ctx), g.Remove(ctx), g.Remove(ctx), g.Kill(ctx)); err != nil {
+				t.Error(err)
+			}
+			if names, err := h.Names(); err != nil || len(names) > 0 {
+				t.Errorf("names %v, %v", names, err)
+			}
+		})
+	}
+}
+
+// After a kill a group may be used again: it is not left frozen, nor without
+// the right to make processes.
+func TestHostUseAfterKill(t *testing.T) {
+	t.Parallel()
+	h := realHost(t)
+	g := group(t, h, "a", Limits{})
+	for range 3 {
+		cmd := run(t, g, "idle", "")
+		alive(t, g, cmd)
+		if err := g.Kill(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); !killed(err) {
+			t.Errorf("it ended with %v", err)
+		}
+	}
+}
+
+func TestHostRemoveOfAFullGroup(t *testing.T) {
+	t.Parallel()
+	h := realHost(t)
+	g := group(t, h, "a", Limits{})
+	cmd := run(t, g, "idle", "")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := g.Remove(ctx); !errors.Is(err, errdef.ErrConflict) {
+		t.Errorf("remove: %v", err)
+	}
+	alive(t, g, cmd)
+	if _, err := h.Create("a", Limits{}); !errors.Is(err, errdef.ErrExists) {
+		t.Errorf("made again: %v", err)
+	}
+}
+
+// What a process leaves that is killed can be found, ended and removed.
+func TestHostCreatorIsKilled(t *testing.T) {
+	t.Parallel()
+	h := realHost(t, pids)
+	cmd := run(t, nil, "creator", h.name)
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); !killed(err) {
+		t.Errorf("it ended with %v", err)
+	}
+	names, err := h.Names()
+	if err != nil || !slices.Equal(names, []string{"orphan"}) {
+		t.Fatalf("names %v, %v", names, err)
+	}
+	g, err := h.Group("orphan")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u, err := g.Usage(); err != nil || u.PIDs == 0 {
+		t.Errorf("its process is gone: %+v, %v", u, err)
+	}
+	if err = errors.Join(g.Kill(t.Context()), g.Remove(t.Context())); err != nil {
+		t.Error(err)
+	}
+	if names, err = h.Names(); err != nil || len(names) > 0 {
+		t.Errorf("names %v, %v", names, err)
+	}
+}
