@@ -23,7 +23,7 @@ import (
 const (
 	roleEnv  = "TINE_TEST_CGROUP_ROLE"
 	doorsEnv = "TINE_TEST_CGROUP_DOORS" // how many files, from descriptor 3 on
-	nameEnv  = "TINE_TEST_CGROUP_NAME"  // what a creator calls its parent group
+	nameEnv  = "TINE_TEST_CGROUP_NAME"  // of the creator's parent group and group, PARENT/NAME
 )
 
 func TestMain(m *testing.M) {
@@ -34,7 +34,12 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if err := leaveHost(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
 }
 
 func play(role string) error {
@@ -108,12 +113,13 @@ func bomb() {
 
 // create makes a group with a process in it, of whom nobody knows when this
 // process is killed.
-func create(name string) error {
-	h, err := Open(Config{Name: name})
+func create(path string) error {
+	parent, name, _ := strings.Cut(path, "/")
+	h, err := Open(Config{Name: parent})
 	if err != nil {
 		return err
 	}
-	g, err := h.Create("orphan", Limits{PIDs: 50})
+	g, err := h.Create(name, Limits{PIDs: 50})
 	if err != nil {
 		return err
 	}
