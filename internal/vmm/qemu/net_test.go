@@ -83,7 +83,7 @@ func TestCheckNetwork(t *testing.T) {
 		"neither": {}, "no tap": {net: true, refused: true}, "no card": {nic: null, refused: true},
 		"not a tap": {net: true, nic: null, refused: true},
 	} {
-		err := checkNetwork(vmm.Common{Machine: vmm.Machine{Net: tt.net}, NIC: tt.nic})
+		err = checkNetwork(vmm.Common{Machine: vmm.Machine{Net: tt.net}, NIC: tt.nic})
 		if tt.refused != errors.Is(err, errdef.ErrInvalid) || !tt.refused && err != nil {
 			t.Errorf("%s: %v", name, err)
 		}

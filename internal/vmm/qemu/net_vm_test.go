@@ -77,8 +77,8 @@ func (l *link) open() (err error) {
 		return fmt.Errorf("set hardware address: %w", errno)
 	}
 	set := func(request uint, change func(*unix.Ifreq) error) error {
-		req, err := unix.NewIfreq("tap0")
-		return errors.Join(err, change(req), unix.IoctlIfreq(fd, request, req))
+		req, reqErr := unix.NewIfreq("tap0")
+		return errors.Join(reqErr, change(req), unix.IoctlIfreq(fd, request, req))
 	}
 	address := func(a netip.Addr) func(*unix.Ifreq) error {
 		return func(req *unix.Ifreq) error { return req.SetInet4Addr(a.AsSlice()) }
