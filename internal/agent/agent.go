@@ -38,6 +38,8 @@ type Config struct {
 	// Upper is the directory that holds what the machine's files are beyond
 	// its image. Without it, and without a Fake, changes cannot be told.
 	Upper *os.File
+	// card is the machine's network card, if it has one.
+	card *card
 	// Log takes what cannot be told to the host. Nil discards it.
 	Log *slog.Logger
 }
@@ -82,7 +84,7 @@ func New(cfg Config) *Agent {
 	if cfg.Fake != nil {
 		a.sys, a.own, home = cfg.Fake, newOwnFiles(cfg.Fake.dir), cfg.Fake.dir
 	} else {
-		a.sys, a.own = newMachine(cfg.Upper), newOwnFiles("")
+		a.sys, a.own = newMachine(cfg.Upper, cfg.card), newOwnFiles("")
 	}
 	if a.home == "" {
 		a.home = home

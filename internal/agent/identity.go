@@ -92,6 +92,7 @@ func (a *Agent) identitySteps(id *guestproto.Identity, done *guestproto.Identity
 		{"hostname", a.stepHostname},
 		{"machine-id", a.stepMachineID},
 		{"boot-id", a.stepBootID},
+		{"network", a.stepNetwork},
 		secrets,
 		{"generation", a.stepGeneration},
 		{"interpreters", func(ctx context.Context, id *guestproto.Identity) (err error) {

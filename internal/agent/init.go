@@ -28,6 +28,7 @@ const (
 	optMode    = "tine.mode"    // deterministic: the host is spoken to through the mailbox alone
 	optMailbox = "tine.mailbox" // the guest-physical address of the mailbox
 	optPIDs    = "tine.pids"    // processes and threads at most, default by memory
+	optNet     = "tine.net"     // the network card's addresses, if there is one: see parseNet
 )
 
 const (
@@ -47,7 +48,7 @@ func RunInit(ctx context.Context, log *slog.Logger) error {
 	if err := b.up(); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}
-	a := New(Config{Log: log, Env: b.environment(), Upper: b.upper})
+	a := New(Config{Log: log, Env: b.environment(), Upper: b.upper, card: b.card})
 	defer a.Close()
 	if b.deterministic() {
 		return a.serveDeterministic(&b)
@@ -76,6 +77,7 @@ type boot struct {
 	log     *slog.Logger
 	cmdline []string
 	upper   *os.File // see Config.Upper; nil if it could not be had
+	card    *card    // nil if there is none
 }
 
 // up goes from the initramfs to a machine whose root is the image.
@@ -96,6 +98,7 @@ func (b *boot) up() error {
 		{"limit processes", b.limitProcesses},
 		{"name machine", b.nameMachine},
 		{"bring loopback up", b.loopback},
+		{"bring network up", b.network},
 	} {
 		if err := step.do(); err != nil {
 			return fmt.Errorf("%s: %w", step.name, err)
@@ -150,12 +153,15 @@ func (b *boot) number(name string, otherwise int) int {
 	return otherwise
 }
 
-// loadModules loads what every machine needs, and what a disk does if there is
-// one.
+// loadModules loads what every machine needs, and what a disk and a network
+// card do if there are any.
 func (b *boot) loadModules() error {
 	lists := []string{"/modules/order"}
 	if b.option(optDisk, "") != "" {
 		lists = append(lists, "/modules/order.d/blk", "/modules/order.d/ext4")
+	}
+	if b.option(optNet, "") != "" {
+		lists = append(lists, "/modules/order.d/net")
 	}
 	if b.deterministic() {
 		lists = append(lists, "/modules/order.d/e820") // its root is memory to the kernel

@@ -24,6 +24,8 @@ type system interface {
 	setClock(t time.Time) error
 	// setHostname names the machine.
 	setHostname(name string) error
+	// raiseNetwork sees that the network card is up, if there is one.
+	raiseNetwork() error
 	// sync writes dirty pages out.
 	sync()
 	// powerOff ends the machine; on success it may not return.
@@ -45,10 +47,11 @@ type machine struct {
 	oom    *os.File // the agent's own oom_score_adj, or nil
 	random *os.File // the kernel's generator, or nil
 	over   *os.File // see Config.Upper; or nil
+	card   *card    // or nil
 }
 
-func newMachine(upper *os.File) *machine {
-	m := &machine{cgroup: -1, over: upper}
+func newMachine(upper *os.File, card *card) *machine {
+	m := &machine{cgroup: -1, over: upper, card: card}
 	if fd, err := unix.Open(childrenCgroup, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err == nil {
 		m.cgroup = fd
 	}
@@ -101,6 +104,13 @@ func (m *machine) setClock(t time.Time) error {
 
 func (m *machine) setHostname(name string) error {
 	return os.NewSyscallError("sethostname", unix.Sethostname([]byte(name)))
+}
+
+func (m *machine) raiseNetwork() error {
+	if m.card == nil {
+		return nil
+	}
+	return m.card.raise()
 }
 
 func (m *machine) sync() { unix.Sync() }
@@ -203,6 +213,8 @@ func (f *Fake) setHostname(name string) error {
 	f.record("hostname %s", name)
 	return nil
 }
+
+func (f *Fake) raiseNetwork() error { return nil }
 
 func (f *Fake) sync() { f.record("sync") }
 

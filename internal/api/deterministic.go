@@ -35,6 +35,8 @@ func (s *server) checkDeterministic(b wire.CreateSnapshotRequest) error {
 		return fmt.Errorf("%w: a deterministic machine has one processor", errdef.ErrInvalid)
 	case b.DiskMiB > 0:
 		return fmt.Errorf("%w: a deterministic machine has no disk", errdef.ErrInvalid)
+	case b.Net:
+		return fmt.Errorf("%w: a deterministic machine has no network card", errdef.ErrInvalid)
 	case b.ClockShift != nil && (*b.ClockShift < 0 || *b.ClockShift > vmm.MaxClockShift):
 		return fmt.Errorf("%w: clock_shift must be 0 to %d", errdef.ErrInvalid, vmm.MaxClockShift)
 	}

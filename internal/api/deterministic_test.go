@@ -37,6 +37,7 @@ func TestDeterministicSnapshot(t *testing.T) {
 	for _, bad := range []string{
 		`{"tag":"x","image":"py","clock_shift":2}`, `{"tag":"x","image":"py","deterministic":true,"clock_shift":11}`,
 		`{"tag":"x","image":"py","deterministic":true,"clock_shift":-1}`, `{"tag":"x","image":"py","deterministic":true,"vcpus":2}`,
+		`{"tag":"x","image":"py","deterministic":true,"net":true}`, `{"tag":"x","image":"py","net":1}`,
 		`{"tag":"x","image":"py","deterministic":true,"disk_mib":64}`, `{"tag":"x","image":"py","deterministic":"yes"}`,
 	} {
 		if status, body = do(t, "POST", srv+"/v1/snapshots", bad); status != 400 {

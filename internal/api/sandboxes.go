@@ -183,7 +183,7 @@ func (s *server) sandboxOf(i sandbox.Info) wire.Sandbox {
 	out := wire.Sandbox{
 		ID: i.ID, SnapshotTag: i.SnapshotTag, SnapshotDigest: i.SnapshotDigest, GuestAddr: guestAddr,
 		CreatedAtUnix: i.CreatedAt.Unix(), CreatedAt: rfc3339(i.CreatedAt), State: wire.SandboxState(i.State), Reason: i.Reason, Engine: i.Engine,
-		MemoryMiB: i.Machine.MemoryMiB, DiskMiB: i.Machine.DiskMiB, VCPUs: i.Machine.VCPUs, IdleTTLSecs: i.IdleTTL.Seconds(), Labels: i.Labels,
+		MemoryMiB: i.Machine.MemoryMiB, DiskMiB: i.Machine.DiskMiB, Net: i.Machine.Net, VCPUs: i.Machine.VCPUs, IdleTTLSecs: i.IdleTTL.Seconds(), Labels: i.Labels,
 		ForkMS: i.ForkMS, FromPool: i.FromPool, Head: i.Head, HasBranched: i.Branches > 0, BranchCount: i.Branches,
 	}
 	if i.IdleTTL != 0 {

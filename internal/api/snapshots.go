@@ -106,7 +106,7 @@ func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotReques
 	}
 	req := sandbox.SnapshotRequest{
 		Tag: r.Body.Tag, Image: r.Body.Image, Warmup: r.Body.Warmup, Imports: r.Body.Imports, Replace: r.Body.Replace,
-		Machine: vmm.Machine{MemoryMiB: r.Body.MemoryMiB, VCPUs: r.Body.VCPUs, DiskMiB: r.Body.DiskMiB},
+		Machine: vmm.Machine{MemoryMiB: r.Body.MemoryMiB, VCPUs: r.Body.VCPUs, DiskMiB: r.Body.DiskMiB, Net: r.Body.Net},
 	}
 	create := func(ctx context.Context) (wire.Snapshot, error) {
 		if err := s.ofRootfs(ctx, *r.Body, &req); err != nil {
@@ -243,7 +243,7 @@ func (s *server) GetSnapshotInfo(ctx context.Context, r wire.GetSnapshotInfoRequ
 		BranchedFrom: snap.BranchedFrom, Mode: snap.Mode, PauseMS: snapOut.PauseMS, DiffMS: snap.DiffMS,
 		DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
 		Image: snapOut.Image, ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion,
-		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
+		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, Net: m.Machine.Net, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
 		BootMS: snap.BootMS, SnapshotMS: snap.SnapshotMS, Warning: snapOut.Warning,
 		Sandboxes: s.sandboxesOf(ctx, snap), Pool: *snapOut.Pool,
 		Deterministic: snapOut.Deterministic, ClockShift: snapOut.ClockShift, TwinOf: snapOut.TwinOf,
@@ -399,7 +399,7 @@ func (s *server) snapshotOf(snap snapshot.Snapshot, known names) wire.Snapshot {
 		Status: wire.SnapshotStatus(snap.Status), Bootable: snap.Status == snapshot.StatusReady && !m.Machine.Deterministic,
 		Deterministic: m.Machine.Deterministic, ClockShift: m.Machine.ClockShift, TwinOf: known.twinOf(snap),
 		Digest: snap.Digest, Image: known.images[m.Image], ImageDigest: m.Image, Engine: m.Engine,
-		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,
+		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, Net: m.Machine.Net, VCPUs: m.Machine.VCPUs, Pool: &pool, Warning: snap.Warning,
 		PauseMS: cmp.Or(int64(math.Ceil(snap.PauseMS)), snap.SnapshotMS), Mode: snap.Mode, Auto: snap.Auto,
 		DiffMS: snap.DiffMS, DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
 		ParentDigest: m.Parent, ParentTag: known.tags[m.Parent], ChainDepth: snap.Depth,

@@ -27,6 +27,7 @@ func (a *app) snapshotCreate() *cobra.Command {
 		Short: "Boot an image, warm it up and freeze it",
 		Example: `  tine snapshot create py --image py
   tine snapshot create ml --image py --memory 1024 --import numpy,pandas --warmup 'python3 -c 0'
+  tine snapshot create web --image py --net --warmup 'python3 -c "import ssl"'
   tine snapshot create same --image py --deterministic --warmup 'python3 -c 0'`,
 		Args: cobra.ExactArgs(1),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
@@ -52,6 +53,7 @@ func (a *app) snapshotCreate() *cobra.Command {
 	f.StringVar(&req.Image, "image", "", "image to boot, by name or digest (default TAG)")
 	f.IntVar(&req.MemoryMiB, "memory", 0, "the machine's memory in `MiB` (default the daemon's)")
 	f.IntVar(&req.DiskMiB, "disk", 0, "give it a scratch disk of so many `MiB`, which what is written goes to (default none: it stays in memory)")
+	f.BoolVar(&req.Net, "net", false, "give it, and all its forks, a network card (default none: no network but loopback)")
 	f.IntVar(&req.VCPUs, "cpus", 0, "the machine's processors (default the daemon's)")
 	f.StringArrayVar(&req.Warmup, "warmup", nil, "shell `command` to run before freezing; may be repeated")
 	f.StringSliceVar(&req.Imports, "import", nil, "`modules` for the warm interpreter to load")
@@ -73,9 +75,17 @@ func snapshotTable(snaps ...client.Snapshot) table {
 		if s.Status == client.SnapshotReady {
 			memory, onDisk = fmt.Sprintf("%d MiB", s.MemoryMiB), mib(s.MemoryPhysicalBytes)
 		}
-		t.add(s.Tag, dash(short(s.Digest)), string(s.Status), dash(s.Image), memory, onDisk, strconv.Itoa(s.ChainDepth), pool, age(s.CreatedAtUnix), kindOf(s.Deterministic, s.TwinOf))
+		t.add(s.Tag, dash(short(s.Digest)), string(s.Status), dash(s.Image), memory, onDisk, strconv.Itoa(s.ChainDepth), pool, age(s.CreatedAtUnix), noteOf(s))
 	}
 	return t
+}
+
+// noteOf is what distinguishes a snapshot from most others.
+func noteOf(s client.Snapshot) string {
+	if s.Net {
+		return "network card"
+	}
+	return kindOf(s.Deterministic, s.TwinOf)
 }
 
 // kindOf marks what is not for forks.
@@ -120,6 +130,9 @@ func detailTable(d client.SnapshotDetail) table {
 	machine := fmt.Sprintf("%d MiB, %d CPU", d.MemoryMiB, d.VCPUs)
 	if d.DiskMiB > 0 {
 		machine += fmt.Sprintf(", disk of %d MiB", d.DiskMiB)
+	}
+	if d.Net {
+		machine += ", network card"
 	}
 	t.add("machine", machine)
 	if d.Deterministic {

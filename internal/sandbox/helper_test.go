@@ -230,6 +230,7 @@ func names(t testing.TB, dir string) (found []string) {
 // for each write to a guest.
 type faulty struct {
 	*fake.Engine
+	netless bool
 
 	mu      sync.Mutex
 	ask     func(ctx context.Context, step string) error
@@ -266,6 +267,13 @@ func (e *faulty) alive() (n int) {
 		}
 	}
 	return n
+}
+
+// Caps are those of the fake, but for a network card where there is to be none.
+func (e *faulty) Caps() vmm.Caps {
+	caps := e.Engine.Caps()
+	caps.Net = !e.netless
+	return caps
 }
 
 func (e *faulty) Version() string {

@@ -78,6 +78,9 @@ func (m *Manager) shape(asked vmm.Machine) vmm.Machine {
 	if asked.DiskMiB != 0 {
 		shape.DiskMiB = asked.DiskMiB
 	}
+	if asked.Net {
+		shape.Net = true
+	}
 	return shape
 }
 
@@ -114,6 +117,13 @@ const (
 func (t *template) check() error {
 	if d := t.shape.DiskMiB; d != 0 && (d < minDisk || d > maxDisk) {
 		return fmt.Errorf("%w: scratch disk of %d MiB: it must be %d to %d", errdef.ErrInvalid, d, minDisk, maxDisk)
+	}
+	switch {
+	case t.shape.Net && t.shape.Deterministic:
+		return fmt.Errorf("%w: a deterministic machine has no network card", errdef.ErrInvalid)
+	case t.shape.Net && !t.m.Engine.Caps().Net:
+		err := fmt.Errorf("%w: engine %s has no machines with a network card", errdef.ErrUnsupported, t.m.Engine.Name())
+		return errdef.WithHint(err, "make it without --net, or run the daemon with another --engine")
 	}
 	return nil
 }

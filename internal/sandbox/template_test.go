@@ -50,6 +50,58 @@ func TestTemplate(t *testing.T) {
 	w.nothing(t, m)
 }
 
+// TestTemplateWithNetworkCard: all that is made of it has one, and nothing else.
+func TestTemplateWithNetworkCard(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	m := w.manager(t)
+	w.template(t, m)
+	snap, err := m.CreateSnapshot(t.Context(), SnapshotRequest{Tag: "net", Image: "py", Machine: vmm.Machine{Net: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := m.Machine
+	want.Net = true
+	if diff := cmp.Diff(want, snap.Manifest.Machine); diff != "" {
+		t.Errorf("shape (-want +got):\n%s", diff)
+	}
+	for tag, net := range map[string]bool{"net": true, "py": false} {
+		made, err := m.Fork(t.Context(), ForkRequest{Snapshot: tag, N: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := made[0].Sandbox.Machine.Net; got != net {
+			t.Errorf("a fork of %s has a network card: %v", tag, got)
+		}
+		branch, err := m.Branch(t.Context(), made[0].Sandbox.ID, BranchRequest{Tag: "branch-" + tag, Mode: Diff})
+		if err != nil || branch.Manifest.Machine.Net != net {
+			t.Errorf("a branch of it: %+v, %v", branch.Manifest.Machine, err)
+		}
+	}
+	killAll(t, m)
+	w.nothing(t, m)
+}
+
+func TestNoTemplateWithNetworkCard(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		change func(*world, *Config)
+		want   error
+		hint   string
+	}{
+		"engine":        {func(w *world, _ *Config) { w.engine.netless = true }, errdef.ErrUnsupported, "make it without --net"},
+		"deterministic": {func(_ *world, c *Config) { c.Machine.Deterministic = true }, errdef.ErrInvalid, ""},
+	} {
+		w := newWorld(t)
+		m := w.manager(t, func(c *Config) { tt.change(w, c) })
+		_, err := m.CreateSnapshot(t.Context(), SnapshotRequest{Tag: "net", Image: "py", Machine: vmm.Machine{Net: true}})
+		if !errors.Is(err, tt.want) || !strings.Contains(err.Error(), "network card") || !strings.Contains(errdef.Hint(err), tt.hint) {
+			t.Errorf("%s: %v, hint %q", name, err, errdef.Hint(err))
+		}
+		w.nothing(t, m)
+	}
+}
+
 func TestBadTemplate(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {

@@ -130,6 +130,26 @@ func TestDiskManifest(t *testing.T) {
 	}
 }
 
+// TestNetManifest: a manifest says of a network card that it is there, and
+// otherwise nothing, as it did before there were any.
+func TestNetManifest(t *testing.T) {
+	t.Parallel()
+	plain, m := goodManifest(t)
+	m.Machine.Net = true
+	data, _, err := m.encode()
+	want := strings.Replace(string(plain), `"vcpus": 1`, "\"vcpus\": 1,\n    \"net\": true", 1)
+	if diff := cmp.Diff(want, string(data)); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	got, err := decodeManifest(data)
+	if diff := cmp.Diff(m, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	if _, err = decodeManifest([]byte(strings.Replace(want, `"net": true`, `"net": false`, 1))); !errors.Is(err, errdef.ErrInvalid) {
+		t.Errorf("another way to say that there is none: %v", err)
+	}
+}
+
 func TestLayeredManifest(t *testing.T) {
 	t.Parallel()
 	whole, _ := goodManifest(t)

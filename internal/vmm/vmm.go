@@ -57,6 +57,8 @@ type Caps struct {
 	Model Model `json:"-"`
 	// MaxVCPUs is the largest Machine.VCPUs.
 	MaxVCPUs int `json:"max_vcpus"`
+	// Net: machines can have a network card.
+	Net bool `json:"net"`
 }
 
 // Model names the models of a machine and of its processor.
@@ -69,11 +71,14 @@ type Machine struct {
 	VCPUs     int `json:"vcpus"`
 	// DiskMiB is the size of the scratch disk; 0 is a machine without one.
 	DiskMiB int `json:"disk_mib,omitempty"`
+	// Net: the machine has a network card, whose guest is configured as GuestNet
+	// says. Only engines with Caps.Net have such machines.
+	Net bool `json:"net,omitempty"`
 	// Deterministic: the guest's clocks count its instructions, and it has no
 	// device by which the host's time or anything else of the host's could reach
 	// it. What is said to it is written to its Mailbox while it stands still.
 	// Only engines with Caps.Deterministic have such machines, of one vCPU and
-	// without a disk, and there is nothing in them to Dial.
+	// without disk or network card, and there is nothing in them to Dial.
 	Deterministic bool `json:"deterministic,omitempty"`
 	// ClockShift: an instruction of a deterministic machine takes 2^ClockShift
 	// nanoseconds of the guest's time. At most MaxClockShift.
@@ -117,6 +122,12 @@ type Common struct {
 	// lock on one lasts exactly as long as the machine. The caller keeps its
 	// own copies, and closes them when it likes.
 	Leases []*os.File
+	// NIC is the tap that the machine's network card is at: given if, and only
+	// if, Machine.Net. It must have been made with IFF_TAP, IFF_NO_PI and
+	// IFF_VNET_HDR; others are errdef.ErrInvalid. The engine gives it to the
+	// monitor, which makes it non-blocking; the caller keeps its own copy, and
+	// closes it when it likes. No two machines may have the same.
+	NIC *os.File
 	// DieWithParent: the machine must not outlive this process.
 	DieWithParent bool
 }

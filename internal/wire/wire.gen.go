@@ -978,7 +978,7 @@ type CreateSnapshotRequest struct {
 	// ClockShift With deterministic: an instruction takes 2 to this power nanoseconds of the guest's time (default 2).
 	ClockShift *int `json:"clock_shift,omitempty"`
 
-	// Deterministic Make a snapshot for deterministic runs: making it again gives the same bytes. Its machine has one processor and no disk.
+	// Deterministic Make a snapshot for deterministic runs: making it again gives the same bytes. Its machine has one processor, no disk and no network card.
 	Deterministic bool `json:"deterministic,omitempty"`
 
 	// DiskMiB Size of the scratch disk, which what is written goes to; absent: it stays in memory.
@@ -994,6 +994,9 @@ type CreateSnapshotRequest struct {
 	Kernel    string `json:"kernel,omitempty"`
 	MemoryMiB int    `json:"memory_mib,omitempty"`
 
+	// Net Give the machine, and so all its forks, a network card. Without one there is no network but loopback.
+	Net bool `json:"net,omitempty"`
+
 	// Replace Move the tag if it exists.
 	Replace bool `json:"replace,omitempty"`
 
@@ -1004,7 +1007,7 @@ type CreateSnapshotRequest struct {
 	Rw  bool   `json:"rw,omitempty"`
 	Tag string `json:"tag"`
 
-	// Tap It is not used: guests have no network device of the host.
+	// Tap It is not used: with `net` a guest has a network card, but not of a device that the caller names.
 	Tap   string `json:"tap,omitempty"`
 	VCPUs int    `json:"vcpus,omitempty"`
 
@@ -1819,8 +1822,11 @@ type Sandbox struct {
 	LastBranchMemoryPath *string `json:"last_branch_memory_path"`
 	MemoryLimitMiB       *int64  `json:"memory_limit_mib"`
 	MemoryMiB            int     `json:"memory_mib,omitempty"`
-	Netns                *string `json:"netns"`
-	PID                  *int    `json:"pid"`
+
+	// Net It has a network card.
+	Net   bool    `json:"net,omitempty"`
+	Netns *string `json:"netns"`
+	PID   *int    `json:"pid"`
 
 	// PrivateBytes Memory that is its own; only where one sandbox is asked for.
 	PrivateBytes int64 `json:"private_bytes,omitempty"`
@@ -1899,7 +1905,10 @@ type Snapshot struct {
 	MemoryPhysicalBytes int64 `json:"memory_physical_bytes,omitempty"`
 
 	// Mode How the memory of a branch was taken: `full`, `diff` or `live`.
-	Mode         string `json:"mode,omitempty"`
+	Mode string `json:"mode,omitempty"`
+
+	// Net It has a network card.
+	Net          bool   `json:"net,omitempty"`
 	ParentDigest string `json:"parent_digest,omitempty"`
 
 	// ParentTag The snapshot whose memory this one's pages are laid over.
@@ -1984,6 +1993,9 @@ type SnapshotDetail struct {
 	// MemoryPhysicalBytes What its own memory or layer takes on disk.
 	MemoryPhysicalBytes int64  `json:"memory_physical_bytes"`
 	Mode                string `json:"mode,omitempty"`
+
+	// Net It has a network card.
+	Net bool `json:"net,omitempty"`
 
 	// ParentContentHash That one's digest.
 	ParentContentHash string `json:"parent_content_hash,omitempty"`

@@ -291,7 +291,7 @@ func (b *Backend) CreateSnapshot(ctx context.Context, req sandbox.SnapshotReques
 	}
 	progress.ReportAmount(ctx, "freeze", "writing memory", 1, 2)
 	return b.writeSnapshot(ctx, req.Tag, req.Replace, snapshot.Manifest{
-		Engine: "fake", EngineVersion: "1", Machine: vmm.Machine{MemoryMiB: 1, VCPUs: 1}, Image: imageDigest, Warmup: req.Warmup,
+		Engine: "fake", EngineVersion: "1", Machine: vmm.Machine{MemoryMiB: 1, VCPUs: 1, Net: req.Machine.Net}, Image: imageDigest, Warmup: req.Warmup,
 		Languages: []string{"python"},
 	})
 }

@@ -13,7 +13,6 @@ import (
 	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
-	"github.com/tinevm/tine/internal/vmm"
 )
 
 // branching is a branch whose caller was let go: it waits for Settle.
@@ -60,7 +59,7 @@ func (b *Backend) Branch(ctx context.Context, id string, req sandbox.BranchReque
 }
 
 func (b *Backend) write(ctx context.Context, st *snapshot.Stage, info sandbox.Info, facts snapshot.Facts, n int) (snapshot.Snapshot, error) {
-	m := snapshot.Manifest{Engine: "fake", EngineVersion: "1", Machine: vmm.Machine{MemoryMiB: 1, VCPUs: 1}, Image: imageDigest}
+	m := snapshot.Manifest{Engine: "fake", EngineVersion: "1", Machine: info.Machine, Image: imageDigest}
 	page := make([]byte, guestmem.PageSize)
 	copy(page, fmt.Sprintf("branch %d of %s", n, info.ID))
 	err := os.WriteFile(st.DevicePath(), []byte("device"), 0o600)

@@ -9,7 +9,8 @@
 // with the files that are in it.
 //
 // A machine with a scratch disk has the files of one, and FreezeDisk adds to
-// them, but nothing is in them.
+// them, but nothing is in them. One with a network card has none: it needs no
+// tap, and does nothing with one.
 //
 // A fork inherits the files of the machine it was frozen from, and nothing
 // else: processes and interpreters do not survive a freeze.
@@ -56,7 +57,7 @@ func (e *Engine) Name() string { return "fake" }
 func (e *Engine) Version() string { return "1" }
 
 // Caps says that there is nothing special about it.
-func (e *Engine) Caps() vmm.Caps { return vmm.Caps{MaxVCPUs: 16} }
+func (e *Engine) Caps() vmm.Caps { return vmm.Caps{MaxVCPUs: 16, Net: true} }
 
 // deviceState is what Freeze and SaveDevice write and Restore expects.
 const deviceState = "fake device state 1\n"
@@ -217,6 +218,9 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory, disk *di
 	}
 	if spec.Machine.MemoryMiB < 64 || spec.Machine.VCPUs < 1 || spec.Machine.ClockShift != 0 || spec.Machine.VCPUs > e.Caps().MaxVCPUs {
 		return nil, fmt.Errorf("%w: machine %+v", errdef.ErrInvalid, spec.Machine)
+	}
+	if spec.NIC != nil && !spec.Machine.Net {
+		return nil, fmt.Errorf("%w: a tap for a machine without a network card", errdef.ErrInvalid)
 	}
 	m := &machine{engine: e, spec: spec, memory: mem, disk: disk, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
 	if err := os.Mkdir(m.files, 0o700); err != nil {

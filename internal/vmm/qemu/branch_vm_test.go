@@ -28,7 +28,8 @@ type rig struct {
 	work, memory, device string
 	root                 string
 	shape                vmm.Machine
-	disk                 []string // its files, if it has one
+	disk                 []string         // its files, if it has one
+	links                map[string]*link // of machines with a network card, by id
 }
 
 func newRig(t *testing.T, shape vmm.Machine) *rig {
@@ -39,7 +40,7 @@ func newRig(t *testing.T, shape vmm.Machine) *rig {
 	try(t, err)
 	t.Cleanup(func() { try(t, os.RemoveAll(work)) })
 	img := vmtest.Image(t)
-	r := &rig{engine: engine, work: work, root: img.RootPath(), shape: shape}
+	r := &rig{engine: engine, work: work, root: img.RootPath(), shape: shape, links: map[string]*link{}}
 	r.memory, r.device = filepath.Join(work, "memory"), filepath.Join(work, "device")
 
 	spec := vmm.StartSpec{Common: r.common(t, "template"), Boot: vmtest.Boot(img), Memory: r.memory}
@@ -52,6 +53,9 @@ func newRig(t *testing.T, shape vmm.Machine) *rig {
 	try(t, err)
 	t.Cleanup(func() { try(t, vm.Kill(context.WithoutCancel(t.Context()))) })
 	c := client(t, vm)
+	if shape.Net {
+		r.speak(t, c, "template")
+	}
 	try(t, c.Quiesce(bound(t)))
 	try(t, c.Close())
 	try(t, vm.Freeze(bound(t), r.device))
@@ -63,7 +67,12 @@ func (r *rig) common(t *testing.T, id string) vmm.Common {
 	t.Helper()
 	dir := filepath.Join(r.work, id)
 	try(t, os.Mkdir(dir, 0o700))
-	return vmm.Common{ID: id, Dir: dir, Root: r.root, DieWithParent: true, Machine: r.shape}
+	common := vmm.Common{ID: id, Dir: dir, Root: r.root, DieWithParent: true, Machine: r.shape}
+	if r.shape.Net {
+		r.links[id] = newLink(t, id)
+		common.NIC = r.links[id].tap
+	}
+	return common
 }
 
 // restore restores a machine, and checks in the end that QEMU had nothing to

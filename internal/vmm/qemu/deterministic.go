@@ -58,6 +58,8 @@ func (e *Engine) checkDeterministic(m vmm.Machine) error {
 		return fmt.Errorf("%w: a deterministic machine of %d vCPUs: it has one", errdef.ErrInvalid, m.VCPUs)
 	case m.DiskMiB != 0:
 		return fmt.Errorf("%w: a deterministic machine with a scratch disk: a disk works in the host's time", errdef.ErrInvalid)
+	case m.Net:
+		return fmt.Errorf("%w: a deterministic machine with a network card: packets come in the host's time", errdef.ErrInvalid)
 	case m.ClockShift < 0 || m.ClockShift > vmm.MaxClockShift:
 		return fmt.Errorf("%w: clock shift %d: 0 to %d are possible", errdef.ErrInvalid, m.ClockShift, vmm.MaxClockShift)
 	case m.MemoryMiB > maxDeterministicMiB:

@@ -211,6 +211,7 @@ func (l *launcher) machine() error {
 	if l.device != "" {
 		l.args = append(l.args, "-device", l.device)
 	}
+	l.network()
 	return nil
 }
 

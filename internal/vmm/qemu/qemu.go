@@ -98,7 +98,7 @@ func (e *Engine) Version() string { return e.version }
 // Caps says what QEMU can do with this accelerator.
 func (e *Engine) Caps() vmm.Caps {
 	return vmm.Caps{
-		Hardware: e.accel == KVM, MaxVCPUs: 16,
+		Hardware: e.accel == KVM, MaxVCPUs: 16, Net: true,
 		Deterministic: e.accel == TCG, Model: vmm.Model{Machine: "pc", CPU: deterministicModel},
 	}
 }
@@ -121,6 +121,9 @@ func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) 
 	if spec.Disk != "" {
 		disks = []string{spec.Disk}
 		cmdline += " " + diskOption
+	}
+	if spec.Machine.Net {
+		cmdline += " " + vmm.GuestNet().Option()
 	}
 	if err := l.disk(disks, false); err != nil {
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
@@ -231,7 +234,7 @@ func (e *Engine) check(c vmm.Common) error {
 	case len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
 		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
 	}
-	return errors.Join(checkPath(c.Dir), checkPath(c.Root))
+	return errors.Join(checkPath(c.Dir), checkPath(c.Root), checkNetwork(c))
 }
 
 func checkPath(path string) error {

@@ -36,10 +36,12 @@ func Run(t *testing.T, s Setup) {
 	h := &harness{Setup: s, work: shortTempDir(t)}
 	t.Run("refuses-bad-shapes", h.refusesBadShapes)
 	t.Run("refuses-what-is-not-deterministic", h.refusesDeterministic)
+	t.Run("refuses-other-network-cards", h.refusesNetwork)
 	t.Run("refuses-a-canceled-context", h.refusesCanceled)
 	t.Run("ends-when-killed", h.endsWhenKilled)
 	h.template(t)
 	t.Run("restore-needs-its-files", h.restoreNeedsFiles)
+	t.Run("restore-refuses-other-network-cards", h.restoreRefusesNetwork)
 	t.Run("forks-are-independent", h.forksAreIndependent)
 	t.Run("pause-stops-the-guest", h.pauseStops)
 	t.Run("restored-paused", h.restoredPaused)
@@ -187,6 +189,7 @@ func (h *harness) refusesDeterministic(t *testing.T) {
 		{unlike(func(m *vmm.Machine) { m.ClockShift = vmm.MaxClockShift + 1 }), errdef.ErrInvalid},
 		{unlike(func(m *vmm.Machine) { m.ClockShift = -1 }), errdef.ErrInvalid},
 		{unlike(func(m *vmm.Machine) { m.DiskMiB = 64 }), errdef.ErrInvalid},
+		{unlike(func(m *vmm.Machine) { m.Net = true }), errdef.ErrInvalid},
 		{unlike(func(m *vmm.Machine) { m.MemoryMiB = 4 << 10 }), errdef.ErrInvalid},
 		{good, nil},
 	} {
