@@ -38,13 +38,18 @@ var mayImport = map[string][]string{
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
 	"internal/image":    {"internal/durable", "internal/errdef", "internal/ext4", "internal/progress"},
+	"internal/jail":     {"internal/cgroup", "internal/durable", "internal/errdef", "internal/linux", "internal/network", "internal/undo"},
 	"internal/metrics":  {},
+	"internal/network":  {"internal/errdef", "internal/vmm"},
 	"internal/record":   {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
-	"internal/vmm":      {"internal/guestmem"},
-	"internal/vmm/qemu": {"internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm"},
+	"internal/vmm": {"internal/guestmem"},
+	"internal/vmm/qemu": {
+		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
+		"internal/vmm",
+	},
 
 	// Tier 2: the domain.
 	"internal/attest": {
@@ -75,7 +80,7 @@ var mayImport = map[string][]string{
 	"internal/wire":      {},
 
 	// Tier 4: assembly.
-	"cmd/tine":       {"internal/assemble", "internal/cli", "internal/forkd", "internal/guestmem"},
+	"cmd/tine":       {"internal/assemble", "internal/cli", "internal/forkd", "internal/guestmem", "internal/jail"},
 	"cmd/tine-agent": {"internal/agent"},
 	"internal/assemble": {
 		"client", "internal/audit", "internal/auth", "internal/bench", "internal/cli", "internal/daemon", "internal/demo",
@@ -97,8 +102,10 @@ var mayImport = map[string][]string{
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/progress",
 		"internal/sandbox", "internal/snapshot",
 	},
-	"internal/doctor":  {"internal/engines", "internal/errdef", "internal/image", "internal/linux"},
-	"internal/engines": {"internal/durable", "internal/errdef", "internal/linux", "internal/vmm", "internal/vmm/qemu"},
+	"internal/doctor": {"internal/engines", "internal/errdef", "internal/image", "internal/linux"},
+	"internal/engines": {
+		"internal/durable", "internal/errdef", "internal/jail", "internal/linux", "internal/vmm", "internal/vmm/qemu",
+	},
 
 	// Only for tests.
 	"internal/api/apitest": {
@@ -111,7 +118,8 @@ var mayImport = map[string][]string{
 	},
 	"internal/vmm/vmmtest": {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
 	"internal/vmtest": {
-		"internal/deterministic", "internal/durable", "internal/image", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/qemu",
+		"internal/cgroup", "internal/deterministic", "internal/durable", "internal/image", "internal/jail", "internal/sandbox",
+		"internal/snapshot", "internal/vmm", "internal/vmm/qemu",
 	},
 }
 

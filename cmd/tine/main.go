@@ -14,11 +14,15 @@ import (
 	"github.com/tinevm/tine/internal/cli"
 	"github.com/tinevm/tine/internal/forkd"
 	"github.com/tinevm/tine/internal/guestmem"
+	"github.com/tinevm/tine/internal/jail"
 )
 
 func main() {
-	if slices.Equal(os.Args[1:], assemble.TwinRole()[1:]) {
+	switch {
+	case slices.Equal(os.Args[1:], assemble.TwinRole()[1:]):
 		os.Exit(twin())
+	case slices.Equal(os.Args[1:], assemble.LaunchRole()[1:]):
+		os.Exit(launch())
 	}
 	if filepath.Base(os.Args[0]) == "forkd" {
 		os.Exit(asForkd())
@@ -29,6 +33,14 @@ func main() {
 // twin is this program as the helper of a live branch; see guestmem.Freezer.
 func twin() int {
 	if err := guestmem.ServeTwin(os.Stdin, os.Stdout); err != nil {
+		return 1 // it has been told to whoever started us
+	}
+	return 0
+}
+
+// launch is this program as the launcher of a jailed machine; see package jail.
+func launch() int {
+	if err := jail.Serve(); err != nil {
 		return 1 // it has been told to whoever started us
 	}
 	return 0

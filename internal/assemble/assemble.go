@@ -41,6 +41,9 @@ func (p Parts) Deps() cli.Deps {
 // It is the program that runs now, even when another has taken its name.
 func TwinRole() []string { return []string{"/proc/self/exe", "role", "twin"} }
 
+// LaunchRole is the command line of this program as a launcher of machines.
+func LaunchRole() []string { return []string{"/proc/self/exe", "role", "launch"} }
+
 // closeTime bounds how long a daemon may take to let go of its sandboxes.
 const closeTime = 60 * time.Second
 

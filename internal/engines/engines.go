@@ -10,12 +10,14 @@ package engines
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
 	"time"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/vmm/qemu"
 )
@@ -40,6 +42,10 @@ type Config struct {
 	Kernel string
 	// QEMU is its path or name in $PATH; empty means qemu-system-x86_64.
 	QEMU string
+	// Jail is where monitors run, as far as this host can have it; nil: nowhere.
+	// With RequireJail an engine is not usable with less than a whole one.
+	Jail        *jail.Config
+	RequireJail bool
 	// Logger may be nil.
 	Logger *slog.Logger
 }
@@ -208,6 +214,22 @@ func (h *host) openKVM(ctx context.Context) (vmm.Engine, string, error) {
 	return engine, v.Reason, nil
 }
 
+// qemu opens QEMU in the jail, and where there can be none, and there need not
+// be one, without.
 func (h *host) qemu(ctx context.Context, accel qemu.Accel) (*qemu.Engine, error) {
-	return qemu.New(ctx, qemu.Config{Binary: h.cfg.QEMU, Accel: accel, Logger: h.cfg.Logger})
+	cfg := qemu.Config{Binary: h.cfg.QEMU, Accel: accel, Jail: h.cfg.Jail, Logger: h.cfg.Logger}
+	engine, err := qemu.New(ctx, cfg)
+	if cfg.Jail != nil && errors.Is(err, errdef.ErrUnsupported) && !h.cfg.RequireJail {
+		h.log.WarnContext(ctx, "machines run without a jail", "error", err)
+		cfg.Jail = nil
+		engine, err = qemu.New(ctx, cfg)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if caps := engine.Caps(); h.cfg.RequireJail && (!caps.Jail || len(caps.JailLacks) > 0) {
+		err = fmt.Errorf("%w: the jail of this host lacks %s", errdef.ErrUnsupported, strings.Join(caps.JailLacks, "; "))
+		return nil, errors.Join(errdef.WithHint(err, "leave out --require-jail, or see docs/isolation.md for what a host must have"), engine.Close())
+	}
+	return engine, nil
 }

@@ -26,6 +26,7 @@ type injector struct {
 	ranges   []linux.Mapping
 	site     uint64 // the address of a syscall instruction
 	filtered bool   // there is a seccomp filter
+	first    bool   // it is the first process of its namespace
 	thread   *linux.Tracee
 	regs     unix.PtraceRegs // as they were, and will be
 	mask     uint64
@@ -42,7 +43,11 @@ func newInjector(req twinRequest) (*injector, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &injector{ranges: req.Ranges, site: site, filtered: filtered, thread: &linux.Tracee{TID: req.PID}}, nil
+	first, err := linux.FirstOfNamespace(req.PID)
+	if err != nil {
+		return nil, err
+	}
+	return &injector{ranges: req.Ranges, site: site, filtered: filtered, first: first, thread: &linux.Tracee{TID: req.PID}}, nil
 }
 
 // findSyscall finds the instruction in the code that the kernel gives to every
@@ -202,9 +207,15 @@ func (x *injector) advise(advice uint64) error {
 }
 
 // fork makes a process of the thread's parent, so that the source never hears
-// of it. It shares the table of open files, which saves the copying.
+// of it. The first process of a namespace has no parent there, so the twin is its
+// own child; the jail has it ignore that its children end, and then it hears
+// nothing either. The twin shares the table of open files, which saves the
+// copying.
 func (x *injector) fork() (*linux.Tracee, error) {
-	const flags = unix.CLONE_PARENT | unix.CLONE_FILES | unix.CLONE_FS | uint64(unix.SIGCHLD)
+	flags := unix.CLONE_FILES | unix.CLONE_FS | uint64(unix.SIGCHLD)
+	if !x.first {
+		flags |= unix.CLONE_PARENT
+	}
 	pid, err := x.call(unix.SYS_CLONE, flags, twinStack, 0)
 	if pid == 0 {
 		return nil, fmt.Errorf("clone process %d: %w", x.thread.TID, err)

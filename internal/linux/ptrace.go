@@ -133,16 +133,30 @@ func (t *Tracee) describe(verb string, err error) error {
 
 // Filtered reports whether a process has a seccomp filter.
 func Filtered(pid int) (bool, error) {
+	mode, err := status(pid, "Seccomp:")
+	return mode != "" && mode != "0", err // a kernel that has no filters says nothing
+}
+
+// FirstOfNamespace reports whether a process is the first of a namespace of
+// processes: it can have no siblings there.
+func FirstOfNamespace(pid int) (bool, error) {
+	numbers, err := status(pid, "NSpid:") // one in each namespace, from the outermost on
+	fields := strings.Fields(numbers)
+	return len(fields) > 1 && fields[len(fields)-1] == "1", err
+}
+
+// status is what follows name in a process's status, or nothing.
+func status(pid int, name string) (string, error) {
 	data, err := readProc(pid, "status", 64<<10)
 	if err != nil {
-		return false, err
+		return "", err
 	}
 	for line := range strings.Lines(string(data)) {
-		if mode, found := strings.CutPrefix(line, "Seccomp:"); found {
-			return strings.TrimSpace(mode) != "0", nil
+		if value, found := strings.CutPrefix(line, name); found {
+			return strings.TrimSpace(value), nil
 		}
 	}
-	return false, nil // a kernel that has no filters
+	return "", nil
 }
 
 // WaitChild collects the end of a child that this process has not started, and

@@ -32,3 +32,23 @@ func GuestNet() Network {
 func (n Network) Option() string {
 	return fmt.Sprintf("tine.net=%s,%s,%s", n.Guest, n.Gateway, n.GatewayMAC)
 }
+
+// Link is where one guest's traffic comes in. Its methods may be called at the
+// same time, each from one goroutine, but WritePacket and Close from many. After
+// Close, Accept and ReadPacket return net.ErrClosed, also to those who wait in
+// them; any other error is of one connection or packet, and they are called
+// again. All addresses are IPv4. Nothing that the guest sends goes anywhere but
+// here.
+type Link interface {
+	// Accept waits for a TCP connection of the guest. It returns the connection,
+	// which the caller closes, and where the guest meant to go.
+	Accept() (conn net.Conn, dst netip.AddrPort, err error)
+	// ReadPacket waits for a UDP packet of the guest and puts its payload into p,
+	// cutting off what does not fit.
+	ReadPacket(p []byte) (n int, src, dst netip.AddrPort, err error)
+	// WritePacket sends the payload p to the guest, at dst, as if it came from
+	// src. It does not keep p, and may drop what the guest does not take.
+	WritePacket(p []byte, src, dst netip.AddrPort) error
+	// Close lets go of the link. More than one call is fine.
+	Close() error
+}

@@ -11,8 +11,10 @@ package vmm
 
 import (
 	"context"
+	"errors"
 	"io"
 	"os"
+	"time"
 
 	"github.com/tinevm/tine/internal/guestmem"
 )
@@ -44,6 +46,14 @@ type Engine interface {
 	// Handle that VM.Handle gave. It returns errdef.ErrNotFound when that
 	// machine no longer runs.
 	Adopt(ctx context.Context, h Handle) (VM, error)
+
+	// Sweep clears away what machines have left on the host that no longer run,
+	// except for those whose ID inUse accepts: they may be about to run.
+	Sweep(ctx context.Context, inUse func(id string) bool) error
+
+	// Close ends what the engine keeps ready for machines to come. Machines go
+	// on.
+	Close() error
 }
 
 // Caps are an engine's abilities.
@@ -57,8 +67,22 @@ type Caps struct {
 	Model Model `json:"-"`
 	// MaxVCPUs is the largest Machine.VCPUs.
 	MaxVCPUs int `json:"max_vcpus"`
-	// Net: machines can have a network card.
+	// Net: machines can have a network card, which needs a jail.
 	Net bool `json:"net"`
+	// Jail: a monitor that its guest has taken over can reach nothing of the
+	// host. JailLacks says what its jail has not that another host's would have.
+	Jail      bool     `json:"jail"`
+	JailLacks []string `json:"jail_lacks,omitempty"`
+	// Limits are those of Limits that this host can enforce.
+	Limits LimitSupport `json:"limits"`
+}
+
+// LimitSupport says which fields of Limits can be enforced.
+type LimitSupport struct {
+	Memory bool `json:"memory"`
+	CPU    bool `json:"cpu"`
+	PIDs   bool `json:"pids"`
+	IO     bool `json:"io"`
 }
 
 // Model names the models of a machine and of its processor.
@@ -122,15 +146,43 @@ type Common struct {
 	// lock on one lasts exactly as long as the machine. The caller keeps its
 	// own copies, and closes them when it likes.
 	Leases []*os.File
-	// NIC is the tap that the machine's network card is at: given if, and only
-	// if, Machine.Net. It must have been made with IFF_TAP, IFF_NO_PI and
-	// IFF_VNET_HDR; others are errdef.ErrInvalid. The engine gives it to the
-	// monitor, which makes it non-blocking; the caller keeps its own copy, and
-	// closes it when it likes. No two machines may have the same.
-	NIC *os.File
 	// DieWithParent: the machine must not outlive this process.
 	DieWithParent bool
+	// Limits is what the machine may take of its host.
+	Limits Limits
 }
+
+// Limits is what a machine, its monitor included, may take of its host. A field
+// that is zero is no limit. One that the host cannot enforce makes Start,
+// Restore and SetLimits fail with errdef.ErrUnsupported.
+type Limits struct {
+	// MemoryMiB bounds what the machine has of its own, and what it makes the
+	// host keep in its page cache. What goes over it is killed: ErrOutOfMemory.
+	MemoryMiB int `json:"memory_mib,omitempty"`
+	// CPUMillis is processor time, in thousandths of a core.
+	CPUMillis int `json:"cpu_millis,omitempty"`
+	// PIDs is how many threads the monitor may have.
+	PIDs int `json:"pids,omitempty"`
+	// IOBytes is how many bytes may be read from the disk in a second, and how
+	// many written.
+	IOBytes int64 `json:"io_bytes,omitempty"`
+}
+
+// Usage is what a machine, its monitor included, takes of its host.
+type Usage struct {
+	MemoryBytes  int64         // all that counts against its limit
+	PrivateBytes int64         // of that: what vanishes with it
+	SharedBytes  int64         // of that: page cache
+	PeakBytes    int64         // the most that it has been; 0 if not known
+	CPU          time.Duration // in all
+	Throttled    time.Duration // how long its limit has held it back
+	PIDs         int
+	ReadBytes    int64 // from and to disk; 0 if not known
+	WriteBytes   int64
+}
+
+// ErrOutOfMemory is the end of a machine that went over its own limit.
+var ErrOutOfMemory = errors.New("out of memory: it went over its limit")
 
 // StartSpec is a machine to boot.
 type StartSpec struct {
@@ -249,8 +301,21 @@ type VM interface {
 	// machine lives.
 	Mailbox() (Mailbox, error)
 
+	// Link is where what the guest sends comes in. Each call gives another Link to
+	// the same network, for the caller to close; of several, one gets what comes.
+	// A machine without a network card has none: errdef.ErrUnsupported.
+	Link() (Link, error)
+
 	// PID is the monitor's process, or 0 where there is none.
 	PID() int
+
+	// SetLimits changes the machine's limits. When it fails some may have been
+	// changed.
+	SetLimits(l Limits) error
+
+	// Usage says what the machine takes. It is errdef.ErrUnsupported where the
+	// host does not count that.
+	Usage() (Usage, error)
 
 	// Handle is what Adopt needs, to be kept on disk.
 	Handle() Handle
@@ -285,4 +350,10 @@ type Handle struct {
 	Memory string `json:"memory,omitempty"`
 	// Disk is RestoreSpec.Disk, as absolute paths.
 	Disk []string `json:"disk,omitempty"`
+	// Link are the descriptors of the machine's network, as its monitor has them.
+	Link []int `json:"link,omitempty"`
+	// Jailed: the monitor can open no file of the host's by its name.
+	Jailed bool `json:"jailed,omitempty"`
+	// Group is the name of the machine's control group, if it has one.
+	Group string `json:"group,omitempty"`
 }

@@ -15,9 +15,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/deterministic"
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
@@ -60,14 +62,29 @@ func Image(t testing.TB) image.Image {
 	return img
 }
 
-// Engine is QEMU's software emulation, which works on every machine.
+// Engine is QEMU's software emulation, which works on every machine, in its jail.
 func Engine(t testing.TB) vmm.Engine {
 	t.Helper()
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
+	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG, Jail: Jail(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := engine.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 	return engine
+}
+
+// Jail is the jail that machines of tests run in.
+func Jail(t testing.TB) *jail.Config {
+	t.Helper()
+	groups, err := cgroup.Open(cgroup.Config{Name: "tine-test", Disk: StateDir(t)})
+	return &jail.Config{
+		Command: []string{Program(t, "tine"), "role", "launch"}, Dir: filepath.Join(StateDir(t), "jail"), UIDs: jail.DefaultUIDs,
+		Groups: groups, NoGroups: err, Spare: 2,
+	}
 }
 
 // Imports are the modules that the interpreter of the shared snapshot has

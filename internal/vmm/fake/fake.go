@@ -56,8 +56,10 @@ func (e *Engine) Name() string { return "fake" }
 // Version is always "1".
 func (e *Engine) Version() string { return "1" }
 
-// Caps says that there is nothing special about it.
-func (e *Engine) Caps() vmm.Caps { return vmm.Caps{MaxVCPUs: 16, Net: true} }
+// Caps says that it takes what it is given.
+func (e *Engine) Caps() vmm.Caps {
+	return vmm.Caps{MaxVCPUs: 16, Jail: true, Net: true, Limits: vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}}
+}
 
 // deviceState is what Freeze and SaveDevice write and Restore expects.
 const deviceState = "fake device state 1\n"
@@ -195,11 +197,9 @@ func (e *Engine) Crash(dir string, err error) bool {
 // whose directory is dir, as its guest would. The page is one of the second
 // half of memory, and the machine one that was restored.
 func (e *Engine) Dirty(dir string, page uint64, data []byte) error {
-	e.mu.Lock()
-	m := e.running[dir]
-	e.mu.Unlock()
-	if m == nil {
-		return fmt.Errorf("%w: machine in %s", errdef.ErrNotFound, dir)
+	m, err := e.find(dir)
+	if err != nil {
+		return err
 	}
 	mem, err := m.mapped()
 	if err != nil {
@@ -219,10 +219,7 @@ func (e *Engine) run(ctx context.Context, spec vmm.Common, mem *memory, disk *di
 	if spec.Machine.MemoryMiB < 64 || spec.Machine.VCPUs < 1 || spec.Machine.ClockShift != 0 || spec.Machine.VCPUs > e.Caps().MaxVCPUs {
 		return nil, fmt.Errorf("%w: machine %+v", errdef.ErrInvalid, spec.Machine)
 	}
-	if spec.NIC != nil && !spec.Machine.Net {
-		return nil, fmt.Errorf("%w: a tap for a machine without a network card", errdef.ErrInvalid)
-	}
-	m := &machine{engine: e, spec: spec, memory: mem, disk: disk, files: filepath.Join(spec.Dir, "guest"), done: make(chan struct{}), line: make(chan struct{}, 1)}
+	m := &machine{engine: e, spec: spec, memory: mem, disk: disk, files: filepath.Join(spec.Dir, "guest"), calls: make(chan call), limits: spec.Limits, done: make(chan struct{}), line: make(chan struct{}, 1)}
 	if err := os.Mkdir(m.files, 0o700); err != nil {
 		return nil, err
 	}
@@ -270,7 +267,10 @@ type machine struct {
 	running sync.RWMutex // held by writers while the machine is paused
 	mu      sync.Mutex
 	paused  bool
-	over    bool // no stream begins any more, and nothing pauses
+	over    bool      // no stream begins any more, and nothing pauses
+	calls   chan call // of a guest with a network card
+	limits  vmm.Limits
+	usage   vmm.Usage
 }
 
 func (m *machine) PID() int { return 0 }

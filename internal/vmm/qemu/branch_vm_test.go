@@ -24,23 +24,21 @@ import (
 
 // rig is a frozen machine, and what it takes to make others of it.
 type rig struct {
-	engine               *qemu.Engine
+	engine               vmm.Engine
 	work, memory, device string
 	root                 string
 	shape                vmm.Machine
-	disk                 []string         // its files, if it has one
-	links                map[string]*link // of machines with a network card, by id
+	disk                 []string // its files, if it has one
 }
 
 func newRig(t *testing.T, shape vmm.Machine) *rig {
 	t.Helper()
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
-	try(t, err)
+	engine := vmtest.Engine(t)
 	work, err := os.MkdirTemp("", "rig") //nolint:usetesting // t.TempDir's path is too long for sockets
 	try(t, err)
 	t.Cleanup(func() { try(t, os.RemoveAll(work)) })
 	img := vmtest.Image(t)
-	r := &rig{engine: engine, work: work, root: img.RootPath(), shape: shape, links: map[string]*link{}}
+	r := &rig{engine: engine, work: work, root: img.RootPath(), shape: shape}
 	r.memory, r.device = filepath.Join(work, "memory"), filepath.Join(work, "device")
 
 	spec := vmm.StartSpec{Common: r.common(t, "template"), Boot: vmtest.Boot(img), Memory: r.memory}
@@ -54,6 +52,7 @@ func newRig(t *testing.T, shape vmm.Machine) *rig {
 	t.Cleanup(func() { try(t, vm.Kill(context.WithoutCancel(t.Context()))) })
 	c := client(t, vm)
 	if shape.Net {
+		answer(t, vm, "template")
 		r.speak(t, c, "template")
 	}
 	try(t, c.Quiesce(bound(t)))
@@ -67,12 +66,7 @@ func (r *rig) common(t *testing.T, id string) vmm.Common {
 	t.Helper()
 	dir := filepath.Join(r.work, id)
 	try(t, os.Mkdir(dir, 0o700))
-	common := vmm.Common{ID: id, Dir: dir, Root: r.root, DieWithParent: true, Machine: r.shape}
-	if r.shape.Net {
-		r.links[id] = newLink(t, id)
-		common.NIC = r.links[id].tap
-	}
-	return common
+	return vmm.Common{ID: id, Dir: dir, Root: r.root, DieWithParent: true, Machine: r.shape}
 }
 
 // restore restores a machine, and checks in the end that QEMU had nothing to
@@ -88,6 +82,9 @@ func (r *rig) restore(t *testing.T, id, device string, fill func(context.Context
 			t.Errorf("QEMU of machine %s said %q, error %v", id, said, err)
 		}
 	})
+	if r.shape.Net {
+		answer(t, vm, id)
+	}
 	return vm
 }
 

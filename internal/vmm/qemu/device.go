@@ -155,3 +155,9 @@ func (m *monitor) addFile(ctx context.Context, f *os.File) (set int64, err error
 	err = decode(raw, &added)
 	return added.Set, err
 }
+
+// addFileTo is addFile with a set that has a number already.
+func (m *monitor) addFileTo(ctx context.Context, set int, f *os.File) error {
+	_, err := m.do(ctx, command{Execute: "add-fd", Arguments: map[string]any{"fdset-id": set}}, f)
+	return err
+}

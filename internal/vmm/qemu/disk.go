@@ -55,7 +55,7 @@ func (l *launcher) disk(files []string, frozen bool) error {
 		}
 		l.disks = append(l.disks, path)
 		node := basePrefix + strconv.Itoa(i)
-		if err = l.blockdev(diskNode(node, path, below, frozen)); err != nil {
+		if err = l.blockdev(node, path, below, frozen); err != nil {
 			return err
 		}
 		below = node
@@ -65,7 +65,7 @@ func (l *launcher) disk(files []string, frozen bool) error {
 		if err := createOverlay(path, size); err != nil {
 			return err
 		}
-		if err := l.blockdev(diskNode(node, path, below, false)); err != nil {
+		if err := l.blockdev(node, path, below, false); err != nil {
 			return err
 		}
 		below = node
@@ -92,10 +92,83 @@ func checkDisk(path string, i int, size int64) error {
 	return nil
 }
 
-func (l *launcher) blockdev(node map[string]any) error {
-	text, err := json.Marshal(node)
+func (l *launcher) blockdev(name, path, below string, readOnly bool) error {
+	if l.engine.jail != nil {
+		set := diskSet(name)
+		files, err := openDisk(path, readOnly)
+		if err != nil {
+			return err
+		}
+		l.opened = append(l.opened, files...)
+		for _, f := range files {
+			l.args = append(l.args, "-add-fd", fmt.Sprintf("fd=%d,set=%d", l.give(f), set))
+		}
+		path = setPath(set)
+	}
+	text, err := json.Marshal(diskNode(name, path, below, readOnly))
 	l.args = append(l.args, "-blockdev", string(text))
 	return err
+}
+
+// diskSet is the number of the set of descriptors that a node's file is in. In
+// the jail QEMU opens no file of a disk by its path.
+func diskSet(node string) int {
+	if n, ok := number(node, topPrefix); ok {
+		return firstTopSet + n
+	}
+	n, _ := number(node, basePrefix)
+	return firstBaseSet + n
+}
+
+// The numbers of sets, above those that QEMU chooses itself.
+const (
+	firstBaseSet = 1 << 16
+	firstTopSet  = 1 << 20
+)
+
+func setPath(set int) string { return "/dev/fdset/" + strconv.Itoa(set) }
+
+// openDisk opens a file of a disk in each of the ways that QEMU may ask for: it
+// takes the descriptor of a set that was opened as it wants to open it.
+func openDisk(path string, readOnly bool) (files []*os.File, err error) {
+	f, err := os.Open(path)
+	if err != nil || readOnly {
+		return []*os.File{f}, err
+	}
+	w, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return []*os.File{f, w}, nil
+}
+
+// addDisk gives a jailed QEMU the file of a node that it is to get, and returns
+// the name to open it by.
+func (m *machine) addDisk(ctx context.Context, control *monitor, node, path string) (_ string, err error) {
+	if !m.handle.Jailed {
+		return path, nil
+	}
+	files, err := openDisk(path, false)
+	if err != nil {
+		return "", err
+	}
+	set := diskSet(node)
+	for _, f := range files {
+		err = errors.Join(err, control.addFileTo(ctx, set, f), f.Close())
+	}
+	return setPath(set), err
+}
+
+// dropDisk takes it away again.
+func (m *machine) dropDisk(ctx context.Context, control *monitor, node string) error {
+	if !m.handle.Jailed {
+		return nil
+	}
+	drop := command{Execute: "remove-fd", Arguments: map[string]any{"fdset-id": diskSet(node)}}
+	if _, err := control.execute(ctx, drop); err != nil {
+		return m.ended(err)
+	}
+	return nil
 }
 
 // diskNode is the node of one file. Each says what it is and what is below, so
@@ -211,7 +284,11 @@ func (m *machine) addSpare(ctx context.Context, control *monitor, g graph) (node
 	if err = createOverlay(path, raw.Size()); err != nil {
 		return "", err
 	}
-	add := command{Execute: "blockdev-add", Arguments: diskNode(node, path, "", false)}
+	name, err := m.addDisk(ctx, control, node, path)
+	if err != nil {
+		return "", m.ended(err)
+	}
+	add := command{Execute: "blockdev-add", Arguments: diskNode(node, name, "", false)}
 	if _, err = control.execute(ctx, add); err != nil {
 		return "", m.ended(err)
 	}
@@ -260,6 +337,9 @@ func (m *machine) sweep(ctx context.Context, control *monitor, g graph) error {
 		remove := command{Execute: "blockdev-del", Arguments: map[string]any{"node-name": node}}
 		if _, err := control.execute(ctx, remove); err != nil {
 			return m.ended(err)
+		}
+		if err := m.dropDisk(ctx, control, node); err != nil {
+			return err
 		}
 		if n, ok := number(node, topPrefix); ok {
 			if err := removeIfExists(topFile(m.handle.Dir, n)); err != nil {

@@ -23,8 +23,7 @@ import (
 )
 
 func TestDisk(t *testing.T) {
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
-	try(t, err)
+	engine := vmtest.Engine(t)
 	img := vmtest.Image(t)
 	vmmtest.RunDisk(t, vmmtest.Setup{Engine: engine, Boot: vmtest.Boot(img), Root: img.RootPath(), FormatDisk: image.FormatDisk})
 }
@@ -129,9 +128,11 @@ func (r *rig) leftovers(t *testing.T) {
 	for _, n := range []string{"7", "8"} {
 		path := filepath.Join(dir, "disk."+n)
 		try(t, os.WriteFile(path, empty, 0o600))
+		name, err := qemu.AddDisk(bound(t), vm, "top-"+n, path)
+		try(t, err)
 		_, err = qemu.Execute(bound(t), vm, "blockdev-add", map[string]any{
 			"node-name": "top-" + n, "driver": "qcow2", "backing": nil,
-			"file": map[string]any{"driver": "file", "filename": path, "locking": "off"},
+			"file": map[string]any{"driver": "file", "filename": name, "locking": "off"},
 		})
 		try(t, err)
 	}

@@ -3,7 +3,6 @@ package qemu
 import (
 	"context"
 	"encoding/json"
-	"os"
 
 	"github.com/tinevm/tine/internal/vmm"
 )
@@ -17,6 +16,12 @@ func Execute(ctx context.Context, vm vmm.VM, name string, args map[string]any) (
 	return control.execute(ctx, command{Execute: name, Arguments: args})
 }
 
-// OpenTap makes a tap that a machine's network card can be at, in the network
-// namespace of the thread. It is there for as long as the file is open.
-func OpenTap(name string) (*os.File, error) { return openTap(name, tapFlags) }
+// AddDisk gives a machine the file of a node, and returns its name there.
+func AddDisk(ctx context.Context, vm vmm.VM, node, path string) (string, error) {
+	m := vm.(*machine)
+	control, err := m.monitor(ctx)
+	if err != nil {
+		return "", err
+	}
+	return m.addDisk(ctx, control, node, path)
+}

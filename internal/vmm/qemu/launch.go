@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -10,6 +11,8 @@ import (
 	"strconv"
 	"syscall"
 
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
@@ -30,34 +33,54 @@ type launcher struct {
 	engine *Engine
 	spec   vmm.Common
 	args   []string
-	image  string     // what guest RAM maps privately, if it does
-	disks  []string   // the files of the disk, oldest first
-	device string     // the disk itself, if there is one
-	gate   *gate      // of a deterministic machine
-	bare   bool       // device state comes without configuration
-	files  []*os.File // handed down from descriptor 3 on
-	opened []*os.File // those of files that are ours to close
+	image  string              // what guest RAM maps privately, if it does
+	disks  []string            // the files of the disk, oldest first
+	device string              // the disk itself, if there is one
+	gate   *gate               // of a deterministic machine
+	bare   bool                // device state comes without configuration
+	files  []*os.File          // handed down from firstFD on
+	opened []*os.File          // those of files that are ours to close
+	names  map[string]*os.File // what QEMU opens by name, ours to close
+	cell   *jail.Cell          // where it is to run; nil without a jail
+	tap    *os.File            // of its network, the cell's
+	link   []*os.File          // the sockets there, the cell's
+	links  []int               // and their descriptors in QEMU
 }
 
 func newLauncher(e *Engine, spec vmm.Common) *launcher {
-	return &launcher{engine: e, spec: spec}
+	return &launcher{engine: e, spec: spec, names: map[string]*os.File{}}
 }
 
 // give hands f down and returns the descriptor it will have in the child.
 func (l *launcher) give(f *os.File) int {
 	l.files = append(l.files, f)
-	return len(l.files) + 2 // 0, 1 and 2 are the standard streams
+	return l.engine.firstFD() + len(l.files) - 1
+}
+
+// open opens a file that QEMU is to open by its name. In the jail it gets what is
+// opened here, and can do with it no more than flags say.
+func (l *launcher) open(path string, flags int) error {
+	if l.engine.jail == nil {
+		return nil // it has the daemon's rights
+	}
+	f, err := os.OpenFile(path, flags, 0o600)
+	if err != nil {
+		return err
+	}
+	l.names[path] = f
+	return nil
 }
 
 // memory makes guest RAM of the file at path, written through; of anonymous
 // memory when path is empty.
-func (l *launcher) memory(path string) {
+func (l *launcher) memory(path string) error {
 	size := strconv.Itoa(l.spec.Machine.MemoryMiB) + "M"
 	if path == "" {
 		l.args = append(l.args, "-object", "memory-backend-ram,id=ram,size="+size)
-		return
+		return nil
 	}
 	l.args = append(l.args, "-object", "memory-backend-file,id=ram,share=on,size="+size+",mem-path="+path)
+	return l.open(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 }
 
 // mapImage makes guest RAM of the file at path, copied on write.
@@ -75,7 +98,7 @@ func (l *launcher) mapImage(path string) (err error) {
 	}
 	l.args = append(l.args, "-object",
 		fmt.Sprintf("memory-backend-file,id=ram,share=off,size=%dM,mem-path=%s", l.spec.Machine.MemoryMiB, l.image))
-	return nil
+	return l.open(l.image, os.O_RDONLY)
 }
 
 // incoming hands down the file of device state that load will name.
@@ -97,50 +120,79 @@ func (l *launcher) incoming(device string) (fd int, err error) {
 	return l.give(f), nil
 }
 
-// launch starts QEMU and returns at once: the sockets exist already.
+// launch starts QEMU and returns at once, but for a jailed one, which it waits
+// for until that has opened its files: the sockets exist already.
 func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
-	defer l.closeOpened()
 	u.Add(func() error { l.gate.close(); return nil })
 
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if err = l.machine(); err != nil {
+	if err = l.takeCell(ctx); err != nil {
 		return nil, err
+	}
+	if err = l.machine(); err != nil {
+		return nil, errors.Join(err, l.leaveCell())
 	}
 	for _, lease := range l.spec.Leases {
 		l.give(lease)
 	}
+	for _, f := range l.link {
+		l.links = append(l.links, l.give(f))
+	}
 	out, err := os.OpenFile(filepath.Join(l.spec.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, errors.Join(err, l.leaveCell())
+	}
+	l.opened = append(l.opened, out)
+	p, err := l.start(ctx, out)
+	l.closeOpened() // also when it has started: a QEMU that dies must not leave its sockets with us
 	if err != nil {
 		return nil, err
 	}
-	l.opened = append(l.opened, out)
+	u.Add(func() error { _ = p.kill(); _ = p.wait(); return release(p.group()) })
+	h, err := l.handle(p)
+	if err != nil {
+		return nil, err
+	}
+	u.Release() // what comes now is the machine's
+	m := newVM(h, p, l.gate, p.group(), l.engine.log)
+	if err = m.settle(ctx, p); err != nil {
+		return nil, errors.Join(err, m.Kill(context.WithoutCancel(ctx)))
+	}
+	return m, nil
+}
 
+// environment is all that QEMU is told of its surroundings.
+func environment() []string { return []string{"PATH=" + os.DevNull, "LC_ALL=C"} }
+
+// start starts QEMU, in the jail if there is one.
+func (l *launcher) start(ctx context.Context, out *os.File) (started, error) {
+	if l.engine.jail != nil {
+		return l.startJailed(ctx, out)
+	}
+	if l.spec.Limits != (vmm.Limits{}) {
+		return nil, fmt.Errorf("%w: limits on a machine without a jail", errdef.ErrUnsupported)
+	}
 	// Not CommandContext: ctx bounds this call, not the machine's life.
 	cmd := exec.Command(l.engine.binary, l.args...) //nolint:noctx // the machine outlives the call
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = l.files
-	cmd.Env = []string{"PATH=" + os.DevNull, "LC_ALL=C"}
+	cmd.Env = environment()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if l.spec.DieWithParent {
 		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	}
-	if err = cmd.Start(); err != nil {
+	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	u.Add(func() error { _ = cmd.Process.Kill(); _ = cmd.Wait(); return nil })
-	h, err := l.handle(cmd.Process.Pid)
-	if err != nil {
-		return nil, err
-	}
-	return newVM(h, &child{cmd: cmd}, l.gate, l.engine.log), nil
+	return &child{cmd: cmd}, nil
 }
 
-func (l *launcher) handle(pid int) (vmm.Handle, error) {
-	start, err := linux.StartTime(pid)
+func (l *launcher) handle(p started) (vmm.Handle, error) {
+	start, err := linux.StartTime(p.pid())
 	if err != nil {
 		return vmm.Handle{}, err
 	}
@@ -148,7 +200,11 @@ func (l *launcher) handle(pid int) (vmm.Handle, error) {
 	if err != nil {
 		return vmm.Handle{}, err
 	}
-	return vmm.Handle{Engine: l.engine.Name(), PID: pid, StartTime: start, BootID: boot, Dir: l.spec.Dir, Memory: l.image, Disk: l.disks}, nil
+	h := vmm.Handle{Engine: l.engine.Name(), PID: p.pid(), StartTime: start, BootID: boot, Dir: l.spec.Dir, Memory: l.image, Disk: l.disks, Jailed: p.jailed(), Link: l.links}
+	if g := p.group(); g != nil {
+		h.Group = g.Name()
+	}
+	return h, nil
 }
 
 // machine adds what every machine has. The same list must stand in front of a
@@ -160,6 +216,9 @@ func (l *launcher) machine() error {
 	}
 	if root.Size() == 0 || root.Size()%pmemAlign != 0 {
 		return fmt.Errorf("root image %s: size %d is not a multiple of %d", l.spec.Root, root.Size(), pmemAlign)
+	}
+	if err = l.open(l.spec.Root, os.O_RDONLY); err != nil {
+		return err
 	}
 	control, err := l.listen(controlSocket)
 	if err != nil {
@@ -237,6 +296,14 @@ func (l *launcher) closeOpened() {
 		_ = f.Close() // the child has its own copy
 	}
 	l.opened = nil
+}
+
+// close closes all that is ours.
+func (l *launcher) close() {
+	l.closeOpened()
+	for _, f := range l.names {
+		_ = f.Close() // the child has its own copy
+	}
 }
 
 func (l *launcher) cpu() []string {

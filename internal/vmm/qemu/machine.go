@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/linux"
@@ -31,11 +32,26 @@ type process interface {
 	kill() error
 }
 
-// child is a QEMU that this process started.
+// started is a process that this process has started.
+type started interface {
+	process
+	pid() int
+	group() *cgroup.Group // nil if it has none
+	// settled says that the process has opened all that it opens by name.
+	settled() error
+	// jailed: somebody opens its files for it until then.
+	jailed() bool
+}
+
+// child is a QEMU without a jail.
 type child struct{ cmd *exec.Cmd }
 
-func (c *child) wait() error { return c.cmd.Wait() }
-func (c *child) kill() error { return c.cmd.Process.Kill() }
+func (c *child) wait() error          { return c.cmd.Wait() }
+func (c *child) kill() error          { return c.cmd.Process.Kill() }
+func (c *child) pid() int             { return c.cmd.Process.Pid }
+func (c *child) group() *cgroup.Group { return nil }
+func (c *child) settled() error       { return nil }
+func (c *child) jailed() bool         { return false }
 
 // adopted is a QEMU that an earlier process started.
 type adopted struct {
@@ -70,8 +86,9 @@ type machine struct {
 	handle  vmm.Handle
 	process process
 	log     *slog.Logger
-	gate    *gate  // of a deterministic machine
-	shared  string // the file that is its memory, unless handle.Memory is
+	gate    *gate         // of a deterministic machine
+	group   *cgroup.Group // nil if it has none
+	shared  string        // the file that is its memory, unless handle.Memory is
 	done    chan struct{}
 	err     error // set before done is closed
 
@@ -84,8 +101,8 @@ type machine struct {
 	control   *monitor   // dialled on first use
 }
 
-func newVM(h vmm.Handle, p process, g *gate, log *slog.Logger) *machine {
-	m := &machine{handle: h, process: p, gate: g, log: log, done: make(chan struct{})}
+func newVM(h vmm.Handle, p process, g *gate, group *cgroup.Group, log *slog.Logger) *machine {
+	m := &machine{handle: h, process: p, gate: g, group: group, log: log, done: make(chan struct{})}
 	go m.watch()
 	return m
 }
@@ -94,9 +111,13 @@ func newVM(h vmm.Handle, p process, g *gate, log *slog.Logger) *machine {
 func (m *machine) watch() {
 	err := m.process.wait()
 	m.gate.close()
+	oom := m.release()
 	m.mu.Lock()
 	if err != nil && !m.killed {
 		m.err = m.explain(err)
+		if oom {
+			m.err = fmt.Errorf("%w: %w", errdef.ErrExhausted, vmm.ErrOutOfMemory)
+		}
 	}
 	m.mu.Unlock()
 	close(m.done)

@@ -1,13 +1,11 @@
 package qemu
 
 import (
-	"errors"
+	"context"
 	"fmt"
-	"os"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/network"
 	"github.com/tinevm/tine/internal/vmm"
 )
 
@@ -22,46 +20,48 @@ func (l *launcher) network() {
 		return
 	}
 	l.args = append(l.args,
-		"-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", l.give(l.spec.NIC)),
+		"-netdev", fmt.Sprintf("tap,id=net,fd=%d,vhost=off", l.give(l.tap)),
 		"-device", fmt.Sprintf("virtio-net-pci,netdev=net,mac=%s,romfile=,mq=off,guest_announce=off", vmm.GuestNet().GuestMAC),
 	)
 }
 
-// checkNetwork sees that there is a tap if the machine has a network card.
-func checkNetwork(c vmm.Common) error {
+// takeCell takes a cell for a jailed machine, and the tap of its network if it
+// has a card.
+func (l *launcher) takeCell(ctx context.Context) (err error) {
 	switch {
-	case !c.Machine.Net && c.NIC == nil:
+	case l.engine.jail == nil && l.spec.Machine.Net:
+		return errNoJail()
+	case l.engine.jail == nil:
 		return nil
-	case !c.Machine.Net:
-		return fmt.Errorf("%w: a tap for a machine without a network card", errdef.ErrInvalid)
-	case c.NIC == nil:
-		return fmt.Errorf("%w: no tap for the machine's network card", errdef.ErrInvalid)
 	}
-	if err := checkTap(c.NIC); err != nil {
-		return fmt.Errorf("network card: %s: %w", c.NIC.Name(), err)
+	if l.cell, err = l.engine.jail.Take(ctx, l.spec.Machine.Net); err != nil {
+		return err
+	}
+	if l.spec.Machine.Net {
+		l.tap, l.link = l.cell.Link()[0], l.cell.Link()[1:]
 	}
 	return nil
 }
 
-// tapFlags is how a tap must have been made. What the guest's driver and the
-// card agreed on depends on the header that packets have, and is frozen with
-// the machine: it must be the same for all of its forks.
-const tapFlags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
+func errNoJail() error {
+	err := fmt.Errorf("%w: a network card for a machine without a jail", errdef.ErrUnsupported)
+	return errdef.WithHint(err, "tine doctor says why this host has no jail")
+}
 
-// checkTap asks the kernel how a tap was made.
-func checkTap(f *os.File) error {
-	raw, err := f.SyscallConn()
+// Link opens the sockets that hear the guest. They are taken from QEMU, which has
+// them for as long as it lives, so that any later daemon finds them there.
+func (m *machine) Link() (vmm.Link, error) {
+	if len(m.handle.Link) == 0 {
+		return nil, fmt.Errorf("%w: machine in %s has no network card", errdef.ErrUnsupported, m.handle.Dir)
+	}
+	select {
+	case <-m.done: // its PID may be another process's
+		return nil, m.ended(nil)
+	default:
+	}
+	link, err := network.Recover(m.handle.PID, m.handle.Link)
 	if err != nil {
-		return err
+		return nil, m.ended(err)
 	}
-	var req unix.Ifreq
-	var ioctlErr error
-	err = raw.Control(func(fd uintptr) { ioctlErr = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, &req) })
-	if err = errors.Join(err, os.NewSyscallError("ioctl TUNGETIFF", ioctlErr)); err != nil {
-		return fmt.Errorf("%w: not a tap: %w", errdef.ErrInvalid, err)
-	}
-	if flags := req.Uint16(); flags&tapFlags != tapFlags || flags&unix.IFF_MULTI_QUEUE != 0 {
-		return fmt.Errorf("%w: a tap with flags %#x, and it needs %#x", errdef.ErrInvalid, flags, tapFlags)
-	}
-	return nil
+	return link, nil
 }

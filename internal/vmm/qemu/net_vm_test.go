@@ -4,109 +4,42 @@ package qemu_test
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/vmm"
-	"github.com/tinevm/tine/internal/vmm/qemu"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
-// link is a network namespace with nothing in it but a tap and a server, which
-// says its name and then all that it hears.
-type link struct {
-	name   string
-	tap    *os.File
-	server net.Listener
-}
-
-// newLink makes a namespace that is there until the test ends.
-func newLink(t *testing.T, name string) *link {
+// answer is what hears the guest of vm from now on: it says name to whoever
+// connects to the gateway's port 7, and then all that it hears.
+func answer(t *testing.T, vm vmm.VM, name string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("not root: cannot make a network namespace")
-	}
-	l, done := &link{name: name}, make(chan error)
+	link, err := vm.Link()
+	try(t, err)
+	t.Cleanup(func() { try(t, link.Close()) })
 	go func() {
-		runtime.LockOSThread() // and never unlocked: only tap and server keep the namespace
-		done <- l.open()
-	}()
-	try(t, <-done)
-	t.Cleanup(func() { try(t, errors.Join(l.tap.Close(), l.server.Close())) })
-	go l.serve()
-	return l
-}
-
-// open is to be called on a thread of its own.
-func (l *link) open() (err error) {
-	if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("make a network namespace: %w", err)
-	}
-	if l.tap, err = qemu.OpenTap("tap0"); err != nil {
-		return fmt.Errorf("make a tap: %w", err)
-	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	n := vmm.GuestNet()
-	mac := struct {
-		name [unix.IFNAMSIZ]byte
-		addr unix.RawSockaddr
-		_    [8]byte
-	}{addr: unix.RawSockaddr{Family: unix.ARPHRD_ETHER}}
-	copy(mac.name[:], "tap0")
-	for i, b := range n.GatewayMAC {
-		mac.addr.Data[i] = int8(b)
-	}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCSIFHWADDR, uintptr(unsafe.Pointer(&mac))); errno != 0 {
-		return fmt.Errorf("set hardware address: %w", errno)
-	}
-	set := func(request uint, change func(*unix.Ifreq) error) error {
-		req, reqErr := unix.NewIfreq("tap0")
-		return errors.Join(reqErr, change(req), unix.IoctlIfreq(fd, request, req))
-	}
-	address := func(a netip.Addr) func(*unix.Ifreq) error {
-		return func(req *unix.Ifreq) error { return req.SetInet4Addr(a.AsSlice()) }
-	}
-	mask := netip.AddrFrom4([4]byte(net.CIDRMask(n.Guest.Bits(), 32)))
-	err = errors.Join(
-		set(unix.SIOCSIFADDR, address(n.Gateway)), set(unix.SIOCSIFNETMASK, address(mask)),
-		set(unix.SIOCSIFFLAGS, func(req *unix.Ifreq) error { req.SetUint16(unix.IFF_UP); return nil }),
-	)
-	if err != nil {
-		return fmt.Errorf("configure the tap: %w", err)
-	}
-	l.server, err = net.Listen("tcp4", net.JoinHostPort(n.Gateway.String(), "7"))
-	return err
-}
-
-func (l *link) serve() {
-	for {
-		conn, err := l.server.Accept()
-		if err != nil {
-			return // closed
+		for {
+			conn, dst, err := link.Accept()
+			if err != nil {
+				return // closed
+			}
+			if want := netip.AddrPortFrom(vmm.GuestNet().Gateway, 7); dst != want {
+				t.Errorf("a connection to %v, want %v", dst, want)
+			}
+			go func() {
+				_, _ = io.WriteString(conn, name+"\n")
+				_, _ = io.Copy(conn, conn)
+				_ = conn.Close()
+			}()
 		}
-		go func() {
-			_, _ = io.WriteString(conn, l.name+"\n")
-			_, _ = io.Copy(conn, conn)
-			_ = conn.Close()
-		}()
-	}
+	}()
 }
 
 // caller prints the server's name, and whether it has said again, in order, a

@@ -17,11 +17,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/vmm"
 )
@@ -41,6 +43,9 @@ type Config struct {
 	Binary string
 	// Accel is TCG unless it says KVM.
 	Accel Accel
+	// Jail is where QEMU runs, nil for no jail. Its Program and Others are filled
+	// in here.
+	Jail *jail.Config
 	// Logger may be nil.
 	Logger *slog.Logger
 }
@@ -50,13 +55,15 @@ type Engine struct {
 	binary  string
 	accel   Accel
 	version string
+	jail    *jail.Jail // nil when there is none
 	log     *slog.Logger
 }
 
 var _ vmm.Engine = (*Engine)(nil)
 
 // New finds QEMU and asks for its version. It returns errdef.ErrUnavailable,
-// with a hint, when there is none.
+// with a hint, when there is none, and errdef.ErrUnsupported when a jail is asked
+// for that this host cannot have. The caller closes the engine.
 func New(ctx context.Context, cfg Config) (*Engine, error) {
 	name := cfg.Binary
 	if name == "" {
@@ -78,6 +85,11 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Jail != nil {
+		if err = e.openJail(ctx, *cfg.Jail); err != nil {
+			return nil, err
+		}
+	}
 	return e, nil
 }
 
@@ -97,10 +109,18 @@ func (e *Engine) Version() string { return e.version }
 
 // Caps says what QEMU can do with this accelerator.
 func (e *Engine) Caps() vmm.Caps {
-	return vmm.Caps{
-		Hardware: e.accel == KVM, MaxVCPUs: 16, Net: true,
+	caps := vmm.Caps{
+		Hardware: e.accel == KVM, MaxVCPUs: 16,
 		Deterministic: e.accel == TCG, Model: vmm.Model{Machine: "pc", CPU: deterministicModel},
 	}
+	if e.jail == nil {
+		caps.JailLacks = []string{"everything: monitors run as the daemon's user"}
+		return caps
+	}
+	level := e.jail.Level()
+	caps.Jail, caps.Net, caps.JailLacks = true, true, level.Missing
+	caps.Limits = vmm.LimitSupport{Memory: level.Groups.Memory, CPU: level.Groups.CPU, PIDs: level.Groups.PIDs, IO: level.Groups.IO}
+	return caps
 }
 
 // Start boots a machine.
@@ -109,7 +129,10 @@ func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) 
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
 	}
 	l := newLauncher(e, spec.Common)
-	l.memory(spec.Memory)
+	defer l.close()
+	if err := l.memory(spec.Memory); err != nil {
+		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+	}
 	var disks []string
 	cmdline := e.cmdline()
 	if spec.Machine.Deterministic {
@@ -126,6 +149,9 @@ func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) 
 		cmdline += " " + vmm.GuestNet().Option()
 	}
 	if err := l.disk(disks, false); err != nil {
+		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
+	}
+	if err := errors.Join(l.open(spec.Boot.Kernel, os.O_RDONLY), l.open(spec.Boot.Initrd, os.O_RDONLY)); err != nil {
 		return nil, fmt.Errorf("start machine %s: %w", spec.ID, err)
 	}
 	l.args = append(l.args,
@@ -160,6 +186,7 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 		return nil, fmt.Errorf("%w: memory image and device state are both needed", errdef.ErrInvalid)
 	}
 	l := newLauncher(e, spec.Common)
+	defer l.close()
 	if err := l.mapImage(spec.Memory); err != nil {
 		return nil, err
 	}
@@ -168,7 +195,6 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 	}
 	device, err := l.incoming(spec.Device)
 	if err != nil {
-		l.closeOpened()
 		return nil, err
 	}
 	vm, err := l.launch(ctx)
@@ -197,7 +223,7 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine in %s: %w", h.Dir, err)
 	}
-	return newVM(h, &adopted{p: process}, nil, e.log), nil
+	return newVM(h, &adopted{p: process}, nil, e.group(h.Group), e.log), nil
 }
 
 // cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
@@ -234,7 +260,7 @@ func (e *Engine) check(c vmm.Common) error {
 	case len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
 		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
 	}
-	return errors.Join(checkPath(c.Dir), checkPath(c.Root), checkNetwork(c))
+	return errors.Join(checkPath(c.Dir), checkPath(c.Root))
 }
 
 func checkPath(path string) error {

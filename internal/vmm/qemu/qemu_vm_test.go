@@ -8,26 +8,19 @@ import (
 	"time"
 
 	"github.com/tinevm/tine/internal/vmm"
-	"github.com/tinevm/tine/internal/vmm/qemu"
 	"github.com/tinevm/tine/internal/vmm/vmmtest"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
 func TestTCG(t *testing.T) {
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
-	if err != nil {
-		t.Fatal(err)
-	}
+	engine := vmtest.Engine(t)
 	img := vmtest.Image(t)
 	vmmtest.Run(t, vmmtest.Setup{Engine: engine, Boot: vmtest.Boot(img), Root: img.RootPath()})
 }
 
 // TestConsole: what the kernel says can be read while the machine runs.
 func TestConsole(t *testing.T) {
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG})
-	if err != nil {
-		t.Fatal(err)
-	}
+	engine := vmtest.Engine(t)
 	img, dir := vmtest.Image(t), t.TempDir()
 	boot := vmtest.Boot(img)
 	boot.Cmdline = "loglevel=7"

@@ -2,7 +2,7 @@ package vmmtest
 
 import (
 	"errors"
-	"os"
+	"net"
 	"testing"
 	"time"
 
@@ -10,40 +10,38 @@ import (
 	"github.com/tinevm/tine/internal/vmm"
 )
 
-// refusesNetwork: a tap is given if the shape says so, and is one.
-func (h *harness) refusesNetwork(t *testing.T) {
-	h.networks(t, func(net bool, nic *os.File) (vmm.VM, error) {
-		spec := vmm.StartSpec{Common: h.common(t), Boot: h.Boot}
-		spec.Machine.Net, spec.NIC = net, nic
-		return h.Engine.Start(within(t, time.Minute), spec)
-	})
-}
-
-func (h *harness) restoreRefusesNetwork(t *testing.T) {
-	h.networks(t, func(net bool, nic *os.File) (vmm.VM, error) {
-		spec := h.restoreSpec(t)
-		spec.Machine.Net, spec.NIC = net, nic
-		return h.Engine.Restore(within(t, time.Minute), spec)
-	})
-}
-
-func (h *harness) networks(t *testing.T, bring func(net bool, nic *os.File) (vmm.VM, error)) {
-	null := open(t, os.DevNull)
-	for name, tc := range map[string]struct {
-		net bool
-		nic *os.File
-	}{
-		"no tap": {true, nil}, "no card": {false, null}, "no tap but a file": {true, null},
-	} {
-		want := errdef.ErrInvalid
-		switch {
-		case tc.net && h.Engine.Name() == "fake":
-			continue // it needs no tap
-		case tc.net && !h.Engine.Caps().Net:
-			want = errdef.ErrUnsupported
+// network: a machine has a link if, and only if, it has a network card; and
+// closing the link ends the waiting for what comes.
+func (h *harness) network(t *testing.T) {
+	plain := h.restore(t, h.restoreSpec(t))
+	if link, err := plain.Link(); !errors.Is(err, errdef.ErrUnsupported) {
+		t.Errorf("link of a machine without a card: %v, %v", link, err)
+	}
+	if !h.Engine.Caps().Net {
+		return
+	}
+	spec := vmm.StartSpec{Common: h.common(t), Boot: h.Boot}
+	spec.Machine.Net = true
+	vm, err := h.Engine.Start(within(t, time.Minute), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { kill(t, vm) })
+	link, err := vm.Link()
+	if err != nil {
+		t.Fatal(err)
+	}
+	accepted := make(chan error, 1)
+	go func() {
+		_, _, acceptErr := link.Accept()
+		accepted <- acceptErr
+	}()
+	for range 2 {
+		if err := link.Close(); err != nil {
+			t.Errorf("close: %v", err)
 		}
-		if vm, err := bring(tc.net, tc.nic); !errors.Is(err, want) {
-			t.Errorf("%s: vm %v, error %v, want %v", name, vm, err, want)
-		}
+	}
+	if err := <-accepted; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("accept on a link that is closed: %v", err)
 	}
 }

@@ -36,12 +36,11 @@ func Run(t *testing.T, s Setup) {
 	h := &harness{Setup: s, work: shortTempDir(t)}
 	t.Run("refuses-bad-shapes", h.refusesBadShapes)
 	t.Run("refuses-what-is-not-deterministic", h.refusesDeterministic)
-	t.Run("refuses-other-network-cards", h.refusesNetwork)
 	t.Run("refuses-a-canceled-context", h.refusesCanceled)
 	t.Run("ends-when-killed", h.endsWhenKilled)
 	h.template(t)
 	t.Run("restore-needs-its-files", h.restoreNeedsFiles)
-	t.Run("restore-refuses-other-network-cards", h.restoreRefusesNetwork)
+	t.Run("network", h.network)
 	t.Run("forks-are-independent", h.forksAreIndependent)
 	t.Run("pause-stops-the-guest", h.pauseStops)
 	t.Run("restored-paused", h.restoredPaused)

@@ -1,0 +1,324 @@
+package jail
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/cgroup"
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/undo"
+)
+
+// Cell is a launcher that waits in its namespaces. It is not safe for concurrent
+// use.
+type Cell struct {
+	jail   *Jail
+	cmd    *exec.Cmd
+	socket *os.File
+	stderr *tail
+	uid    *uidLease // nil when the daemon's own user is all there is
+	link   []*os.File
+}
+
+// prepareTime bounds how long a launcher may take to get ready.
+const prepareTime = 10 * time.Second
+
+// newCell starts a launcher and waits until it is ready.
+func (j *Jail) newCell(ctx context.Context, link bool) (_ *Cell, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	c := &Cell{jail: j, stderr: &tail{}}
+	if j.level.OwnUser {
+		if c.uid, err = leaseUID(j.cfg.UIDs); err != nil {
+			return nil, err
+		}
+		u.Add(c.uid.Close)
+	}
+	theirs, err := c.pair()
+	if err != nil {
+		return nil, err
+	}
+	u.Add(c.socket.Close)
+	defer func() { _ = theirs.Close() }() // the launcher has its own
+	if err = c.start(theirs); err != nil {
+		return nil, err
+	}
+	u.Add(c.end)
+	if err = c.setUp(ctx, link); err != nil {
+		return nil, fmt.Errorf("launcher: %w%s", err, c.stderr.text())
+	}
+	return c, nil
+}
+
+// pair makes the two ends of the launcher's socket.
+func (c *Cell) pair() (theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	c.socket = os.NewFile(uintptr(fds[0]), "launcher")
+	return os.NewFile(uintptr(fds[1]), "launcher"), nil
+}
+
+// isolated are the namespaces that every program has of its own.
+const isolated = unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP
+
+// start starts the launcher by a descriptor of this program: the user that it is
+// may have no way to the file by its path.
+func (c *Cell) start(theirs *os.File) error {
+	command := c.jail.cfg.Command
+	self, err := os.Open(command[0])
+	if err != nil {
+		return err
+	}
+	defer func() { _ = self.Close() }() // only executed
+	//nolint:noctx // the launcher, and what it becomes, outlive the call
+	c.cmd = exec.Command("/proc/self/fd/"+strconv.Itoa(selfFD), command[1:]...)
+	c.cmd.Args[0] = command[0]
+	c.cmd.Env = []string{"GOMAXPROCS=1", "GOTRACEBACK=none", launcherEnv + "=1"}
+	c.cmd.ExtraFiles = []*os.File{theirs, self}
+	c.cmd.Stderr = c.stderr
+	c.cmd.Dir = "/"
+	attr := &syscall.SysProcAttr{Setsid: true, Cloneflags: isolated}
+	if c.jail.level.UserNamespace {
+		uid, gid := os.Geteuid(), os.Getegid()
+		if c.uid != nil {
+			uid, gid = c.uid.id, c.uid.id
+		}
+		attr.Cloneflags |= unix.CLONE_NEWUSER
+		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
+		attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: gid, Size: 1}}
+	}
+	c.cmd.SysProcAttr = attr
+	return c.cmd.Start()
+}
+
+// launcherEnv is set for launchers, so that a test binary knows that it is one.
+const launcherEnv = "TINE_LAUNCHER"
+
+// setUp tells the launcher what to prepare, and waits for it.
+func (c *Cell) setUp(ctx context.Context, link bool) error {
+	s := setup{Link: link}
+	var fds []int
+	if c.jail.level.OwnUser {
+		tree, err := openTree(c.jail.tree)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = unix.Close(tree) }()
+		fds = append(fds, tree)
+	} else {
+		s.Tree = c.jail.tree
+	}
+	if err := sendMessage(int(c.socket.Fd()), s, fds...); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTime, fmt.Errorf("%w: launcher is not ready after %s", errdef.ErrTimeout, prepareTime))
+	defer cancel()
+	_, made, err := c.hear(ctx)
+	if err != nil {
+		return err
+	}
+	for _, fd := range made {
+		c.link = append(c.link, os.NewFile(uintptr(fd), "link"))
+	}
+	return nil
+}
+
+// hear waits for an answer of the launcher. It takes a thread while it waits,
+// which is not for long.
+func (c *Cell) hear(ctx context.Context) (answer, []int, error) {
+	stop := context.AfterFunc(ctx, func() { _ = unix.Shutdown(int(c.socket.Fd()), unix.SHUT_RDWR) })
+	defer stop()
+	var a answer
+	fds, err := receiveMessage(int(c.socket.Fd()), &a)
+	if ctx.Err() != nil {
+		closeAll(fds)
+		return a, nil, context.Cause(ctx)
+	}
+	if err == nil && a.err() != nil {
+		closeAll(fds)
+		return a, nil, a.err()
+	}
+	return a, fds, err
+}
+
+// Link are the files of the cell's network, if it has one: the tap that the
+// machine's network card is at, and then what network.Open takes. They are the
+// cell's, and closed when a program has started: whoever wants to keep the
+// network gives the program copies.
+func (c *Cell) Link() []*os.File { return c.link }
+
+// Close sends the launcher away.
+func (c *Cell) Close() error {
+	err := errors.Join(c.socket.Close(), c.end())
+	for _, f := range c.link {
+		err = errors.Join(err, f.Close())
+	}
+	if c.uid != nil {
+		err = errors.Join(err, c.uid.Close())
+	}
+	return err
+}
+
+// end ends the launcher, whatever it is doing.
+func (c *Cell) end() error {
+	_ = c.cmd.Process.Kill() // it may be gone
+	_ = c.cmd.Wait()         // and says that it was killed
+	return nil
+}
+
+// Job is a program to be started.
+type Job struct {
+	// Name is that of its control group; it must be unlike all others.
+	Name string
+	Args []string // without the program's own name
+	Env  []string
+	// Output takes what it writes to its standard streams.
+	Output *os.File
+	// Files are handed down, from descriptor FirstFile on. The caller keeps its
+	// own copies.
+	Files []*os.File
+	// Opens are files that the program opens by these names, for reading, or for
+	// reading and writing, until Process.Started. They are the caller's, and must
+	// stay open until then. What the program can do with one is what it was
+	// opened for here.
+	Opens map[string]*os.File
+	// Limits are those of its control group; zero fields are no limits.
+	Limits cgroup.Limits
+	// FileBytes is how long the program may make any file.
+	FileBytes int64
+	// DieWithParent: it must not outlive this process.
+	DieWithParent bool
+}
+
+// Start makes the launcher the program. It returns when the program runs, with
+// files yet to open: call Process.Started when it has. The cell is used up,
+// whatever Start returns.
+func (c *Cell) Start(ctx context.Context, job Job) (_ *Process, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	u.Add(c.Close)
+	group, err := c.jail.group(job)
+	if err != nil {
+		return nil, err
+	}
+	var entrances []*os.File
+	if group != nil {
+		u.Add(func() error { return group.Remove(context.WithoutCancel(ctx)) })
+		u.Add(c.end) // before the group goes
+		if entrances, err = group.Entrances(); err != nil {
+			return nil, err
+		}
+		defer closeFiles(entrances)
+	}
+	if err = c.send(job, entrances); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, prepareTime, fmt.Errorf("%w: program has not started after %s", errdef.ErrTimeout, prepareTime))
+	defer cancel()
+	o, err := c.execute(ctx, job.Opens)
+	if err != nil {
+		return nil, fmt.Errorf("launcher: %w%s", err, c.stderr.text())
+	}
+	u.Release()
+	return c.process(group, job.Name, o), nil
+}
+
+// group makes the job's control group, with its limits, or none if there are no
+// control groups.
+func (j *Jail) group(job Job) (*cgroup.Group, error) {
+	if j.cfg.Groups == nil {
+		return nil, nil //nolint:nilnil // no groups, no error
+	}
+	return j.cfg.Groups.Create(job.Name, job.Limits)
+}
+
+func (c *Cell) send(spec Job, entrances []*os.File) error {
+	all := append(append([]*os.File{}, entrances...), spec.Output)
+	all = append(all, spec.Files...)
+	if c.uid != nil {
+		all = append(all, c.uid.lock) // it is held for as long as the program lives
+	}
+	fds := make([]int, len(all))
+	for i, f := range all {
+		fds[i] = int(f.Fd())
+	}
+	program := c.jail.cfg.Program
+	j := job{
+		Path: program, Args: append([]string{program}, spec.Args...), Env: spec.Env,
+		Entrances: len(entrances), Files: len(all) - len(entrances),
+		FileBytes: uint64(spec.FileBytes), DieWithParent: spec.DieWithParent, Landlock: c.jail.level.Landlock,
+	}
+	if c.uid != nil && !c.jail.level.UserNamespace {
+		j.UID = c.uid.id
+	}
+	return sendMessage(int(c.socket.Fd()), j, fds...)
+}
+
+// execute waits until the launcher is the program, and opens files for it from
+// then on.
+func (c *Cell) execute(ctx context.Context, opens map[string]*os.File) (_ *opener, err error) {
+	_, fds, err := c.hear(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(fds) != 1 {
+		closeAll(fds)
+		return nil, fmt.Errorf("%w: launcher sent %d files", errdef.ErrInvalid, len(fds))
+	}
+	o, err := newOpener(os.NewFile(uintptr(fds[0]), "seccomp"), opens)
+	if err != nil {
+		return nil, err
+	}
+	_, _, err = c.hear(ctx)
+	if errors.Is(err, errHungUp) { // as it should
+		o.executed.Store(true)
+		return o, nil
+	}
+	if err == nil {
+		err = fmt.Errorf("%w: launcher answered twice", errdef.ErrInvalid)
+	}
+	return nil, errors.Join(err, o.close())
+}
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close() // never written to by us
+	}
+}
+
+// tail keeps the first of what a launcher has to say when it fails.
+type tail struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+const maxTail = 4 << 10
+
+// Write keeps what there is room for.
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.buf.Write(p[:min(len(p), maxTail-t.buf.Len())])
+	return len(p), nil
+}
+
+func (t *tail) text() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if text := bytes.TrimSpace(t.buf.Bytes()); len(text) > 0 {
+		return ": " + string(text)
+	}
+	return ""
+}

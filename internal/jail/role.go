@@ -1,0 +1,155 @@
+package jail
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"os/signal"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/network"
+)
+
+// Serve is the launcher: a process in namespaces of its own, which makes ready,
+// waits for a job, and becomes the job's program. It returns when it was sent
+// away, or could not: whoever started it has been told why.
+//
+// It opens no file of Go's kind and starts no goroutine: the program takes over
+// the table of descriptors, and all that it does about itself is this thread's.
+func Serve() error {
+	runtime.LockOSThread()
+	unix.CloseOnExec(socketFD)
+	_ = unix.Close(selfFD) // it was needed to get here
+	var s setup
+	fds, err := receiveMessage(socketFD, &s)
+	if err != nil {
+		return err
+	}
+	made, err := prepare(s, fds)
+	closeAll(fds)
+	if sendErr := sendMessage(socketFD, failure(err), made...); err != nil || sendErr != nil {
+		return errors.Join(err, sendErr)
+	}
+	closeAll(made)
+	var j job
+	if fds, err = receiveMessage(socketFD, &j); err != nil {
+		return err
+	}
+	err = become(j, fds)
+	return errors.Join(err, sendMessage(socketFD, failure(err)))
+}
+
+// prepare makes the namespaces what the program will find. It returns the
+// descriptors of its network, if it is to have one.
+func prepare(s setup, fds []int) (made []int, err error) {
+	if err = growTable(); err != nil {
+		return nil, fmt.Errorf("make room for files: %w", err)
+	}
+	if err = unix.Sethostname([]byte("tine")); err != nil {
+		return nil, fmt.Errorf("name host: %w", err)
+	}
+	if s.Link {
+		if made, err = network.Setup(); err != nil {
+			return nil, fmt.Errorf("set up network: %w", err)
+		}
+	}
+	if err = enterTree(s.Tree, fds); err == nil {
+		err = dropBounds()
+	}
+	if err != nil {
+		closeAll(made)
+		return nil, fmt.Errorf("enter root: %w", err)
+	}
+	return made, nil
+}
+
+// growTable makes the table of descriptors as large as it will have to be. In a
+// process with threads the kernel waits some 8 ms for that, which is better
+// spent before there is a job.
+func growTable() error {
+	fd, err := unix.FcntlInt(socketFD, unix.F_DUPFD_CLOEXEC, firstHigh)
+	if err != nil {
+		return err
+	}
+	return unix.Close(fd)
+}
+
+// become leaves all behind that the program must not have, and is the program.
+// It returns only when that failed.
+func become(j job, fds []int) error {
+	if len(fds) != j.Entrances+j.Files || j.Files < 1 {
+		return fmt.Errorf("%w: job of %d+%d files came with %d", errdef.ErrInvalid, j.Entrances, j.Files, len(fds))
+	}
+	for _, fd := range fds[:j.Entrances] {
+		if _, err := unix.Write(fd, []byte("0")); err != nil {
+			return fmt.Errorf("enter control group: %w", err)
+		}
+	}
+	if err := limit(j); err != nil {
+		return fmt.Errorf("limit resources: %w", err)
+	}
+	if err := place(fds[j.Entrances:]); err != nil {
+		return fmt.Errorf("place files: %w", err)
+	}
+	// Children of the program, which is the first process of its namespace, are
+	// the twins of live branches: nobody has to wait for them.
+	signal.Ignore(unix.SIGCHLD)
+	if err := dropPrivileges(j.UID); err != nil {
+		return fmt.Errorf("drop privileges: %w", err)
+	}
+	if j.DieWithParent {
+		// Becoming another user has cleared it.
+		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
+			return fmt.Errorf("die with parent: %w", err)
+		}
+	}
+	if err := restrictFiles(j.Landlock); err != nil {
+		return fmt.Errorf("restrict by Landlock: %w", err)
+	}
+	listener, err := installFilter()
+	if err != nil {
+		return fmt.Errorf("install system call filter: %w", err)
+	}
+	if err := sendMessage(socketFD, answer{Listener: true}, listener); err != nil {
+		return err
+	}
+	if err := unix.Close(listener); err != nil {
+		return err
+	}
+	if err := unix.Exec(j.Path, j.Args, j.Env); err != nil {
+		return fmt.Errorf("execute %s: %w", j.Path, err)
+	}
+	return nil
+}
+
+// The descriptors of a program's files begin at FirstFile, well above those
+// that Go's runtime has opened for itself, which must stay what they are until
+// the program starts. The files wait above firstHigh for their places.
+const (
+	FirstFile = 64
+	firstHigh = 512
+)
+
+// place makes the descriptors 1 and 2 of the first file, and FirstFile and up of
+// the others. All else is closed when the program starts.
+func place(files []int) error {
+	high := make([]int, len(files))
+	for i, fd := range files {
+		h, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, firstHigh)
+		if err != nil {
+			return err
+		}
+		high[i] = h
+	}
+	err := errors.Join(unix.Dup3(high[0], 1, 0), unix.Dup3(high[0], 2, 0))
+	for i, h := range high[1:] {
+		err = errors.Join(err, unix.Dup3(h, FirstFile+i, 0))
+	}
+	end := uint(FirstFile + len(files) - 1)
+	return errors.Join(err,
+		unix.CloseRange(3, FirstFile-1, unix.CLOSE_RANGE_CLOEXEC),
+		unix.CloseRange(end, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC))
+}

@@ -1,0 +1,149 @@
+package jail
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
+)
+
+// Daemon and launcher speak over a pair of sockets that keep messages apart:
+// a setup and its answer, a job and, only if it failed, its answer. The
+// launcher's end closes when the program runs in its place.
+const (
+	socketFD = 3 // of the launcher: its end of the pair
+	selfFD   = 4 // and this program, which it need not find by a path
+	// maxMessage bounds a message; a job has a command line in it.
+	maxMessage = 128 << 10
+	// maxRights is what the kernel takes at once (SCM_MAX_FD of unix(7)).
+	maxRights = 253
+)
+
+// setup is what a launcher prepares before it knows its program.
+type setup struct {
+	// Tree is the path of the root that the program will see; empty: it comes
+	// as a mount that is ready to be put in place.
+	Tree string `json:"tree,omitempty"`
+	// Link asks for a network that leads to the daemon and nowhere else.
+	Link bool `json:"link,omitempty"`
+}
+
+// job is the program to become.
+type job struct {
+	Path string   `json:"path"`
+	Args []string `json:"args"` // with the program's name in front
+	Env  []string `json:"env"`
+	// Entrances, Files: how many of the descriptors that come along are groups
+	// to enter, and how many after these are the program's, output first.
+	Entrances     int    `json:"entrances"`
+	Files         int    `json:"files"`
+	UID           int    `json:"uid,omitempty"` // to become, where there is no user namespace
+	FileBytes     uint64 `json:"file_bytes"`    // of a file, at most
+	DieWithParent bool   `json:"die_with_parent,omitempty"`
+	Landlock      int    `json:"landlock"` // the kernel's version of it; 0: none
+}
+
+// answer says how a setup or a job went.
+type answer struct {
+	Error string `json:"error,omitempty"`
+	Code  string `json:"code,omitempty"` // of errdef
+	// Listener: the descriptor that comes along tells of files to be opened.
+	Listener bool `json:"listener,omitempty"`
+}
+
+func (a answer) err() error {
+	if a.Error == "" {
+		return nil
+	}
+	return errdef.Remote(a.Code, a.Error)
+}
+
+func failure(err error) answer {
+	if err == nil {
+		return answer{}
+	}
+	text := err.Error()
+	return answer{Error: text[:min(len(text), 4<<10)], Code: errdef.Code(err)}
+}
+
+// sendMessage sends v, and copies of descriptors.
+func sendMessage(socket int, v any, fds ...int) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if len(data) > maxMessage || len(fds) > maxRights {
+		return fmt.Errorf("%w: %d bytes and %d files for a launcher", errdef.ErrInvalid, len(data), len(fds))
+	}
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	return ignoreInterrupts(func() error { return unix.Sendmsg(socket, data, rights, nil, unix.MSG_NOSIGNAL) })
+}
+
+// errHungUp: the other side is gone, or has become another program.
+var errHungUp = errors.New("the other side has hung up")
+
+// receiveMessage waits for a message. The descriptors are the caller's to close.
+func receiveMessage(socket int, v any) (fds []int, err error) {
+	data := make([]byte, maxMessage)
+	rights := make([]byte, unix.CmsgSpace(4*maxRights))
+	var n, rn, flags int
+	err = ignoreInterrupts(func() (err error) {
+		n, rn, flags, _, err = unix.Recvmsg(socket, data, rights, unix.MSG_CMSG_CLOEXEC)
+		return err
+	})
+	if err == nil && n == 0 && rn == 0 || errors.Is(err, unix.ECONNRESET) {
+		return nil, errHungUp
+	}
+	if err != nil {
+		return nil, err
+	}
+	fds, err = parseRights(rights[:rn])
+	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+		err = fmt.Errorf("%w: message of more than %d bytes or %d files", errdef.ErrInvalid, maxMessage, maxRights)
+	}
+	if err == nil {
+		err = json.Unmarshal(data[:n], v)
+	}
+	if err != nil {
+		closeAll(fds)
+		return nil, err
+	}
+	return fds, nil
+}
+
+func parseRights(data []byte) (fds []int, err error) {
+	messages, err := unix.ParseSocketControlMessage(data)
+	if err != nil {
+		return nil, err
+	}
+	for i := range messages {
+		got, err := unix.ParseUnixRights(&messages[i])
+		if err != nil {
+			closeAll(fds)
+			return nil, err
+		}
+		fds = append(fds, got...)
+	}
+	return fds, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		_ = unix.Close(fd) // nothing was written to it
+	}
+}
+
+// ignoreInterrupts calls a system call again for as long as a signal interrupts it.
+func ignoreInterrupts(call func() error) error {
+	for {
+		if err := call(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
