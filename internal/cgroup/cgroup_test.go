@@ -174,8 +174,8 @@ func TestOpenRefuses(t *testing.T) {
 		"none":                {nil, errdef.ErrUnsupported, "no control groups are mounted", "mount -t cgroup2"},
 		"v1_denied":           {[]func(*fake){v1Host, denyAll(unix.EACCES)}, errdef.ErrDenied, "memory: mkdir", "run as root"},
 		"v1_read_only":        {[]func(*fake){v1Host, denyAll(unix.EROFS)}, errdef.ErrDenied, "read-only", "run as root"},
-		"v2_denied":           {[]func(*fake){v2Host("/user/me"), denyAll(unix.EACCES)}, errdef.ErrDenied, "permission denied", "Delegate=yes"},
-		"v2_nothing_to_give":  {[]func(*fake){func(f *fake) { f.mount(".", "/", "/me", true) }}, errdef.ErrUnsupported, "memory: not among", "Delegate=yes"},
+		"v2_denied":           {[]func(*fake){v2Host("/user/me"), denyAll(unix.EACCES)}, errdef.ErrDenied, "memory, cpu, pids, io: mkdir", "Delegate=yes"},
+		"v2_nothing_to_give":  {[]func(*fake){func(f *fake) { f.mount(".", "/", "/me", true) }}, errdef.ErrUnsupported, "memory, cpu, pids, io: not among", "Delegate=yes"},
 		"v2_others_processes": {[]func(*fake){v2Host("/me"), addStranger}, errdef.ErrUnsupported, "process 2000000002, which is not ours", "systemd-run --scope"},
 		"v2_unseen_processes": {[]func(*fake){v2Host("/me"), addUnseen}, errdef.ErrUnsupported, "process 0, which is not ours", "systemd-run --scope"},
 	}
