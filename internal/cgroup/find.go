@@ -317,11 +317,11 @@ func blockDevice(sys, path string) (string, error) {
 	if err := unix.Stat(path, &st); err != nil {
 		return "", &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	dev := uint64(st.Dev)
-	if unix.Major(dev) == 0 {
+	major, minor := unix.Major(st.Dev), unix.Minor(st.Dev)
+	if major == 0 {
 		return "", fmt.Errorf("%s is on a filesystem without a block device of its own, such as tmpfs, overlay or btrfs", path)
 	}
-	return wholeDisk(sys, fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)))
+	return wholeDisk(sys, fmt.Sprintf("%d:%d", major, minor))
 }
 
 // wholeDisk returns the disk that device is a partition of, or device itself:

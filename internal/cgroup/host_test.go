@@ -82,8 +82,8 @@ func (h host) names(t *testing.T) []string {
 	}
 	var mine []string
 	for _, name := range all {
-		if name, ok := strings.CutPrefix(name, h.prefix); ok {
-			mine = append(mine, name)
+		if short, ok := strings.CutPrefix(name, h.prefix); ok {
+			mine = append(mine, short)
 		}
 	}
 	return mine
@@ -410,9 +410,7 @@ func TestHostCreatorIsKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if u, err := g.Usage(); err != nil || u.PIDs == 0 {
-		t.Errorf("its process is gone: %+v, %v", u, err)
-	}
+	until(t, g, "a process that goes on", func(u Usage) bool { return u.PIDs > 0 })
 	if err = errors.Join(g.Kill(t.Context()), g.Remove(t.Context())); err != nil {
 		t.Error(err)
 	}
