@@ -174,8 +174,8 @@ func TestOpenRefuses(t *testing.T) {
 		"none":                {nil, errdef.ErrUnsupported, "no control groups are mounted", "mount -t cgroup2"},
 		"v1_denied":           {[]func(*fake){v1Host, denyAll(unix.EACCES)}, errdef.ErrDenied, "memory: mkdir", "run as root"},
 		"v1_read_only":        {[]func(*fake){v1Host, denyAll(unix.EROFS)}, errdef.ErrDenied, "read-only", "run as root"},
-		"v2_denied":           {[]func(*fake){v2Host("/user/me"), denyAll(unix.EACCES)}, errdef.ErrDenied, "permission denied", "Delegate=yes"},
-		"v2_nothing_to_give":  {[]func(*fake){func(f *fake) { f.mount(".", "/", "/me", true) }}, errdef.ErrUnsupported, "memory: not among", "Delegate=yes"},
+		"v2_denied":           {[]func(*fake){v2Host("/user/me"), denyAll(unix.EACCES)}, errdef.ErrDenied, "memory, cpu, pids, io: mkdir", "Delegate=yes"},
+		"v2_nothing_to_give":  {[]func(*fake){func(f *fake) { f.mount(".", "/", "/me", true) }}, errdef.ErrUnsupported, "memory, cpu, pids, io: not among", "Delegate=yes"},
 		"v2_others_processes": {[]func(*fake){v2Host("/me"), addStranger}, errdef.ErrUnsupported, "process 2000000002, which is not ours", "systemd-run --scope"},
 		"v2_unseen_processes": {[]func(*fake){v2Host("/me"), addUnseen}, errdef.ErrUnsupported, "process 0, which is not ours", "systemd-run --scope"},
 	}
@@ -299,8 +299,8 @@ func TestCreate(t *testing.T) {
 			if _, err = h.Create("sb-1", Limits{}); !errors.Is(err, errdef.ErrExists) {
 				t.Errorf("again: %v", err)
 			}
-			if names, err := h.Names(); err != nil || !slices.Equal(names, []string{"sb-1"}) {
-				t.Errorf("names %v, %v", names, err)
+			if names, listErr := h.Names(); listErr != nil || !slices.Equal(names, []string{"sb-1"}) {
+				t.Errorf("names %v, %v", names, listErr)
 			}
 			if err = g.Remove(t.Context()); err != nil {
 				t.Error(err)
@@ -308,8 +308,8 @@ func TestCreate(t *testing.T) {
 			if err = g.Remove(t.Context()); err != nil {
 				t.Errorf("removed again: %v", err)
 			}
-			if names, err := h.Names(); err != nil || len(names) > 0 {
-				t.Errorf("names %v, %v", names, err)
+			if names, listErr := h.Names(); listErr != nil || len(names) > 0 {
+				t.Errorf("names %v, %v", names, listErr)
 			}
 			if _, err = h.Group("sb-1"); !errors.Is(err, errdef.ErrNotFound) {
 				t.Errorf("found: %v", err)
@@ -351,8 +351,8 @@ func TestCreateRefuses(t *testing.T) {
 		})
 	}
 	t.Cleanup(func() {
-		if names, err := h.Names(); err != nil || len(names) > 0 {
-			t.Errorf("left: %v, %v", names, err)
+		if names, listErr := h.Names(); listErr != nil || len(names) > 0 {
+			t.Errorf("left: %v, %v", names, listErr)
 		}
 	})
 }
@@ -384,8 +384,8 @@ func TestCreateTakesBack(t *testing.T) {
 			if name == "quota" && errdef.Hint(err) == "" {
 				t.Error("no hint")
 			}
-			if names, err := h.Names(); err != nil || len(names) > 0 {
-				t.Errorf("left: %v, %v", names, err)
+			if names, listErr := h.Names(); listErr != nil || len(names) > 0 {
+				t.Errorf("left: %v, %v", names, listErr)
 			}
 		})
 	}
@@ -414,8 +414,8 @@ func TestParentIsMadeAgain(t *testing.T) {
 			if err = errors.Join(g.Remove(t.Context()), other.Close(), other.Close()); err != nil {
 				t.Error(err)
 			}
-			if names, err := one.Names(); err != nil || len(names) > 0 {
-				t.Errorf("names %v, %v", names, err)
+			if names, listErr := one.Names(); listErr != nil || len(names) > 0 {
+				t.Errorf("names %v, %v", names, listErr)
 			}
 			if _, err = one.Create("b", Limits{PIDs: 5}); err != nil {
 				t.Error(err)
@@ -542,8 +542,8 @@ func TestPartOfAGroup(t *testing.T) {
 	if err := f.mkdir(filepath.Join(f.cfg.Root, "pids/box/tine/a")); err != nil {
 		t.Fatal(err)
 	}
-	if names, err := h.Names(); err != nil || !slices.Equal(names, []string{"a"}) {
-		t.Errorf("names %v, %v", names, err)
+	if names, listErr := h.Names(); listErr != nil || !slices.Equal(names, []string{"a"}) {
+		t.Errorf("names %v, %v", names, listErr)
 	}
 	if _, err := h.Create("a", Limits{}); !errors.Is(err, errdef.ErrExists) {
 		t.Errorf("made again: %v", err)
@@ -552,7 +552,8 @@ func TestPartOfAGroup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if u, err := g.Usage(); err != nil || u.PIDs != 3 || u.MemoryBytes != 0 {
+	u, err := g.Usage()
+	if err != nil || u.PIDs != 3 || u.MemoryBytes != 0 {
 		t.Errorf("usage %v, %v", u, err)
 	}
 	if _, err = g.Entrances(); !errors.Is(err, errdef.ErrNotFound) {
@@ -561,8 +562,8 @@ func TestPartOfAGroup(t *testing.T) {
 	if err = errors.Join(g.Kill(t.Context()), g.Remove(t.Context())); err != nil {
 		t.Error(err)
 	}
-	if names, err := h.Names(); err != nil || len(names) > 0 {
-		t.Errorf("names %v, %v", names, err)
+	if names, listErr := h.Names(); listErr != nil || len(names) > 0 {
+		t.Errorf("names %v, %v", names, listErr)
 	}
 }
 

@@ -60,16 +60,34 @@ func (s *search) miss(controller string, why error) {
 	s.h.missing[controller] = why.Error()
 }
 
+// reasons says why no limit can be set, each reason once.
+func (s *search) reasons() string {
+	var order []string
+	names := map[string][]string{}
+	for _, c := range limiters() {
+		why := s.h.missing[c]
+		if names[why] == nil {
+			order = append(order, why)
+		}
+		names[why] = append(names[why], v2Name(c))
+	}
+	for i, why := range order {
+		order[i] = strings.Join(names[why], ", ") + ": " + why
+	}
+	return strings.Join(order, "; ")
+}
+
 // verdict is the error of a host where no limit can be set.
 func (s *search) verdict() error {
-	why := strings.Join(s.h.Support().Missing, "; ")
+	why := s.reasons()
 	switch {
 	case len(s.mounts) == 0:
 		err := fmt.Errorf("%w: no control groups are mounted below %s", errdef.ErrUnsupported, s.cfg.Root)
 		return errdef.WithHint(err, "mount -t cgroup2 cgroup2 "+s.cfg.Root)
 	case s.denied:
 		err := fmt.Errorf("%w: control groups: %s", errdef.ErrDenied, why)
-		return errdef.WithHint(err, "run as root, or in a group that is delegated: systemd-run --user --scope -p Delegate=yes COMMAND")
+		return errdef.WithHint(err, "run as root or, under cgroup v2, in a group that is delegated: "+
+			"systemd-run --user --scope -p Delegate=yes COMMAND")
 	case s.occupied:
 		err := fmt.Errorf("%w: control groups: %s", errdef.ErrUnsupported, why)
 		return errdef.WithHint(err, "run in a group of its own: systemd-run --scope -p Delegate=yes COMMAND, or Delegate=yes in the unit")
@@ -299,11 +317,11 @@ func blockDevice(sys, path string) (string, error) {
 	if err := unix.Stat(path, &st); err != nil {
 		return "", &fs.PathError{Op: "stat", Path: path, Err: err}
 	}
-	dev := uint64(st.Dev)
-	if unix.Major(dev) == 0 {
+	major, minor := unix.Major(st.Dev), unix.Minor(st.Dev)
+	if major == 0 {
 		return "", fmt.Errorf("%s is on a filesystem without a block device of its own, such as tmpfs, overlay or btrfs", path)
 	}
-	return wholeDisk(sys, fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)))
+	return wholeDisk(sys, fmt.Sprintf("%d:%d", major, minor))
 }
 
 // wholeDisk returns the disk that device is a partition of, or device itself:

@@ -51,7 +51,8 @@ func (g *Group) Entrances() (_ []*os.File, err error) {
 	defer func() { err = u.Run(err) }()
 	var files []*os.File
 	for _, t := range g.h.trees {
-		f, err := os.OpenFile(filepath.Join(t.dir(g.name), "cgroup.procs"), os.O_WRONLY, 0)
+		var f *os.File
+		f, err = os.OpenFile(filepath.Join(t.dir(g.name), "cgroup.procs"), os.O_WRONLY, 0)
 		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w: %w", errdef.ErrNotFound, err)
 		}

@@ -62,12 +62,20 @@ func play(role string) error {
 			return err
 		}
 	}
+	if role == "hold" {
+		if err = eat(snack); err != nil {
+			return err
+		}
+	}
 	if _, err = fmt.Println("ready"); err != nil {
 		return err
 	}
 	switch role {
 	case "eat":
-		return eat()
+		if err = eat(feast); err == nil {
+			err = errors.New("there was enough for all of it")
+		}
+		return err
 	case "spin":
 		for {
 			runtime.Gosched()
@@ -83,18 +91,21 @@ func play(role string) error {
 	}
 }
 
-const feast = 256 << 20
+const (
+	feast = 256 << 20
+	snack = 16 << 20
+)
 
-// eat writes to more memory than its group may have.
-func eat() error {
-	mem, err := unix.Mmap(-1, 0, feast, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+// eat takes memory for good, and writes to all of it.
+func eat(bytes int) error {
+	mem, err := unix.Mmap(-1, 0, bytes, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		return err
 	}
 	for i := 0; i < len(mem); i += os.Getpagesize() {
 		mem[i] = 1
 	}
-	return errors.New("there was enough for all of it")
+	return nil
 }
 
 var nap = unix.Timespec{Nsec: int64(time.Millisecond)}
