@@ -33,6 +33,7 @@ var mayImport = map[string][]string{
 	"internal/agent":    {"internal/errdef", "internal/guestproto"},
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
+	"internal/egress":   {"internal/errdef"},
 	"internal/ext4":     {"internal/errdef"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},

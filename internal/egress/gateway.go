@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"net/netip"
 	"sync"
 	"syscall"
@@ -80,7 +79,6 @@ type Gateway struct {
 	queries *rate.Limiter
 	asking  chan struct{} // holds a token for each query that is worked on
 	secrets []preparedSecret
-	sending *http.Transport // requests with secrets
 
 	work sync.WaitGroup
 
@@ -116,7 +114,6 @@ func newGateway(cfg Config, lim limits) (*Gateway, error) {
 		flows:   map[flowKey]*flow{},
 	}
 	g.denials = newDenials(cfg.Now, &g.count, cfg.Denied != nil)
-	g.sending = g.secretTransport()
 	return g, nil
 }
 
@@ -142,7 +139,6 @@ func (g *Gateway) Serve(ctx context.Context, link Link) error {
 	loops.Wait()
 	g.cut(func(verdict, string, netip.AddrPort) bool { return false })
 	g.work.Wait()
-	g.sending.CloseIdleConnections()
 	if g.denials.report != nil {
 		close(g.denials.report) // nobody is left who notes one
 	}

@@ -71,11 +71,11 @@ func wait(ctx context.Context, bucket *rate.Limiter, n int) error {
 // rate.
 type metered struct {
 	net.Conn
-	ctx      context.Context // of the one connection, whose reads and writes have none
-	up, down *rate.Limiter
-	countUp  *atomic.Uint64
-	countDn  *atomic.Uint64
-	stalled  time.Duration
+	ctx       context.Context // of the one connection, whose reads and writes have none
+	up, down  *rate.Limiter
+	countUp   *atomic.Uint64
+	countDown *atomic.Uint64
+	stalled   time.Duration
 }
 
 // Read is net.Conn's: of what the guest sends.
@@ -100,7 +100,7 @@ func (m *metered) Write(p []byte) (int, error) {
 			return written, err
 		}
 		n, err := m.Conn.Write(part)
-		m.countDn.Add(uint64(n))
+		m.countDown.Add(uint64(n))
 		written += n
 		if err != nil {
 			return written, err

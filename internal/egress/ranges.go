@@ -11,8 +11,9 @@ import (
 type Bounds struct {
 	// Private are the private networks that rules may open; none by default.
 	Private []netip.Prefix
-	// Local says whether an address is one of the host itself. It is asked again
-	// for every connection, maybe from several goroutines at once; nil: none is.
+	// Local says whether an address is one of the host itself; nil: none is. It
+	// is asked again for every connection, maybe from several goroutines at
+	// once and with locks held: it must be quick, and call nothing of here.
 	Local func(netip.Addr) bool
 }
 

@@ -2,6 +2,7 @@ package egress
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -65,7 +66,10 @@ func askOne(ctx context.Context, server, name string, timeout time.Duration) (*d
 // drops, and what is for another query is passed over.
 func exchange(ctx context.Context, network, server, name string) (*dns.Msg, error) {
 	var q dns.Msg
-	q.SetQuestion(dns.Fqdn(name), dns.TypeA) // with a random id
+	q.SetQuestion(dns.Fqdn(name), dns.TypeA)
+	var id [2]byte
+	_, _ = rand.Read(id[:]) // it never fails
+	q.Id = binary.BigEndian.Uint16(id[:])
 	q.SetEdns0(ednsSize, false)
 	packed, err := q.Pack()
 	if err != nil {
