@@ -220,6 +220,7 @@ func (g *Gateway) current() *Policy {
 // dial connects to dst, if that is not an address which none may reach.
 func (g *Gateway) dial(ctx context.Context, network string, dst netip.AddrPort) (net.Conn, error) {
 	if reason := g.current().bounds.forbidden(dst.Addr()); reason != "" {
+		g.denials.note(network, dst.String(), reason)
 		return nil, fmt.Errorf("%w: dial %s: %s", errdef.ErrDenied, dst, reason)
 	}
 	ctx, cancel := context.WithTimeout(ctx, g.lim.dial)

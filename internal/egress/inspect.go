@@ -30,7 +30,7 @@ func (r *relay) inspect(v verdict) {
 		r.nothingShown(v)
 		return
 	}
-	if v.inspect && !r.show(name) {
+	if v.inspect && !r.showText(name) {
 		r.deny(shown(name, r.dst.String()), WrongServerName)
 		return
 	}
@@ -45,13 +45,14 @@ func (r *relay) nothingShown(v verdict) {
 	reset(r.guest)
 }
 
+func (r *relay) showText(text string) bool {
+	name, err := parseName(text)
+	return err == nil && r.show(name)
+}
+
 // show says whether the guest may reach what it names, which from now on is the
 // ground on which the connection stays.
-func (r *relay) show(text string) bool {
-	name, err := parseName(text)
-	if err != nil {
-		return false
-	}
+func (r *relay) show(name string) bool {
 	r.g.mu.Lock()
 	defer r.g.mu.Unlock()
 	if !r.g.policy.allowsName(TCP, name, r.dst.Port()) {

@@ -151,6 +151,20 @@ func (c *helloConn) Read(p []byte) (int, error)  { return c.r.Read(p) }
 func (c *helloConn) Write(p []byte) (int, error) { return len(p), nil }
 func (c *helloConn) Close() error                { return nil }
 
+// webServer serves on loopback until the test ends.
+func webServer(tb testing.TB, h http.Handler, tls bool) *httptest.Server {
+	tb.Helper()
+	s := httptest.NewUnstartedServer(h)
+	s.Config.ErrorLog = quiet()
+	if tls {
+		s.StartTLS()
+	} else {
+		s.Start()
+	}
+	tb.Cleanup(s.Close)
+	return s
+}
+
 // web is a world with a host a.example, which has a web server, and whose rules
 // are inspected.
 func web(tb testing.TB, cfg Config, rules ...string) *world {
@@ -166,10 +180,9 @@ func web(tb testing.TB, cfg Config, rules ...string) *world {
 func TestInspectTLS(t *testing.T) {
 	t.Parallel()
 	w := web(t, Config{}, "a.example:443", "*.b.example:443", "c.example:80", "93.184.217.1")
-	up := httptest.NewTLSServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+	up := webServer(t, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		_, _ = io.WriteString(rw, "hello "+r.Host)
-	}))
-	t.Cleanup(up.Close)
+	}), true)
 	w.net.put("tcp", server, up.Listener.Addr().String())
 	w.net.put("tcp", "93.184.217.1:443", up.Listener.Addr().String())
 	shake := func(dst, name string) error {
@@ -201,9 +214,7 @@ func TestInspectTLS(t *testing.T) {
 
 func TestInspectNothingShown(t *testing.T) {
 	t.Parallel()
-	up := newFakeLink(t)
 	w := start(t, Config{Policy: compile(t, true, "a.example")}, func(l *limits) { l.inspect = 20 * time.Millisecond })
-	_ = up
 	w.names.open(netip.MustParseAddr("93.184.216.34"), "a.example", time.Now().Add(time.Hour))
 	wantReset(t, w.link.connect(t, server)) // says nothing
 	w.wantDenial(t, TCP, server, NoServerName)
@@ -268,11 +279,10 @@ func get(host string) string { return "GET /p?a=1;b HTTP/1.1\r\nHost: " + host +
 func TestInspectHTTP(t *testing.T) {
 	t.Parallel()
 	w := web(t, Config{}, "a.example:80", "b.example:443")
-	up := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+	up := webServer(t, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
 		_, _ = io.WriteString(rw, r.Method+" "+r.Host+" "+r.RequestURI+" "+r.Header.Get("X-Forwarded-For")+string(body))
-	}))
-	t.Cleanup(up.Close)
+	}), false)
 	const dst = "93.184.216.34:80"
 	w.net.put("tcp", dst, up.Listener.Addr().String())
 	tests := map[string]struct {
@@ -322,7 +332,7 @@ func TestInspectHTTP(t *testing.T) {
 func TestInspectUpgrade(t *testing.T) {
 	t.Parallel()
 	w := web(t, Config{}, "a.example:80")
-	up := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+	up := webServer(t, http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
 		rw.Header().Set("Connection", "Upgrade")
 		rw.Header().Set("Upgrade", "echo")
 		rw.WriteHeader(http.StatusSwitchingProtocols)
@@ -332,8 +342,7 @@ func TestInspectUpgrade(t *testing.T) {
 		}
 		defer c.Close()
 		_, _ = io.Copy(c, rest)
-	}))
-	t.Cleanup(up.Close)
+	}), false)
 	w.net.put("tcp", "93.184.216.34:80", up.Listener.Addr().String())
 	guest := w.link.connect(t, "93.184.216.34:80")
 	status, _ := request(t, guest, "GET / HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")

@@ -7,9 +7,12 @@ import (
 	"time"
 )
 
+// maxNamesOfAddr is how many names one address is remembered for.
+const maxNamesOfAddr = 64
+
 // names remembers which addresses were answered for which names, and until when.
-// It keeps at most max pairs: where there are more, those go that end first. It
-// is safe for concurrent use.
+// It keeps at most max pairs, and maxNamesOfAddr of one address: where there are
+// more, those go that end first. It is safe for concurrent use.
 type names struct {
 	now func() time.Time
 	max int
@@ -43,7 +46,7 @@ func (n *names) open(addr netip.Addr, name string, until time.Time) {
 		}
 		return
 	}
-	n.forgetLocked()
+	n.makeRoomLocked(addr)
 	p := &pair{addr: addr, name: name, until: until}
 	heap.Push(&n.queue, p)
 	if n.byAddr[addr] == nil {
@@ -52,19 +55,29 @@ func (n *names) open(addr netip.Addr, name string, until time.Time) {
 	n.byAddr[addr][name] = p
 }
 
-// forgetLocked takes out what has ended, and makes room for one more.
-func (n *names) forgetLocked() {
+// makeRoomLocked takes out what has ended, and makes room for one more.
+func (n *names) makeRoomLocked(addr netip.Addr) {
 	now := n.now()
 	for len(n.queue) > 0 && (len(n.queue) >= n.max || !n.queue[0].until.After(now)) {
-		p, ok := heap.Pop(&n.queue).(*pair)
-		if !ok {
-			return
+		n.removeLocked(n.queue[0])
+	}
+	if of := n.byAddr[addr]; len(of) >= maxNamesOfAddr {
+		var first *pair
+		for _, p := range of {
+			if first == nil || p.until.Before(first.until) {
+				first = p
+			}
 		}
-		of := n.byAddr[p.addr]
-		delete(of, p.name)
-		if len(of) == 0 {
-			delete(n.byAddr, p.addr)
-		}
+		n.removeLocked(first)
+	}
+}
+
+func (n *names) removeLocked(p *pair) {
+	heap.Remove(&n.queue, p.index)
+	of := n.byAddr[p.addr]
+	delete(of, p.name)
+	if len(of) == 0 {
+		delete(n.byAddr, p.addr)
 	}
 }
 
@@ -73,8 +86,9 @@ func (n *names) of(addr netip.Addr) []string {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	var all []string
+	now := n.now()
 	for name, p := range n.byAddr[addr] {
-		if p.until.After(n.now()) {
+		if p.until.After(now) {
 			all = append(all, name)
 		}
 	}

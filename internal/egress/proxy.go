@@ -72,9 +72,8 @@ type proxy struct {
 func (p *proxy) serve(w http.ResponseWriter, req *http.Request) {
 	p.named.Store(true)
 	name, err := p.host(req)
-	policy := p.r.g.current()
-	byName := err == nil && policy.allowsName(TCP, name, p.r.dst.Port())
-	if !byName && !policy.allowsAddr(TCP, p.r.dst) {
+	byName := err == nil && p.r.show(name)
+	if !byName && !p.r.g.current().allowsAddr(TCP, p.r.dst) {
 		p.r.g.denials.note(TCP, shown(strconv.QuoteToASCII(req.Host), p.r.dst.String()), WrongServerName)
 		refuse(w, http.StatusForbidden, "no rule allows this host")
 		return

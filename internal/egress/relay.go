@@ -53,7 +53,7 @@ func (g *Gateway) acceptAll(ctx context.Context, link Link) {
 			continue
 		}
 		g.count.connsTotal.Add(1)
-		r := &relay{g: g, dst: dst, guest: guest}
+		r := &relay{g: g, dst: ipv4(dst), guest: guest}
 		r.ctx, r.end = context.WithCancel(ctx)
 		g.work.Go(func() {
 			defer g.count.connsOpen.Add(-1)
@@ -224,6 +224,9 @@ func (r *relay) patience() time.Duration {
 	}
 	return r.g.lim.open
 }
+
+// ipv4 is an address without the clothes of IPv6, which some sockets give it.
+func ipv4(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()) }
 
 // reset closes a connection so that the other side sees it fail.
 func reset(c net.Conn) {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -61,9 +60,7 @@ func (s *seen) take() *http.Request {
 func shop(tb testing.TB, secrets []Secret, rules ...string) (w *world, secure, clear *seen) {
 	tb.Helper()
 	secure, clear = &seen{}, &seen{}
-	tls, plain := httptest.NewTLSServer(secure), httptest.NewServer(clear)
-	tb.Cleanup(tls.Close)
-	tb.Cleanup(plain.Close)
+	tls, plain := webServer(tb, secure, true), webServer(tb, clear, false)
 	roots := x509.NewCertPool()
 	roots.AddCert(tls.Certificate())
 	up := newNameServer(tb, api+" 60 A "+apiAddr, "other.example 60 A 93.184.216.41", "wrong.test 60 A "+apiAddr,

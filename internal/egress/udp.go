@@ -45,7 +45,7 @@ func (g *Gateway) readAll(ctx context.Context, link Link) {
 		if dst.Port() == portDNS {
 			g.answerPacket(ctx, link, buf[:n], src, dst)
 		} else {
-			g.forward(ctx, link, buf[:n], flowKey{src, dst})
+			g.forward(ctx, link, buf[:n], flowKey{src, ipv4(dst)})
 		}
 	}
 }
