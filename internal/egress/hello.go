@@ -94,7 +94,8 @@ func (c *cursor) vector(bytes int) []byte { return c.take(c.number(bytes)) }
 
 // serverName finds the name in the body of a ClientHello (RFC 8446, 4.1.2, and
 // RFC 6066, 3). It is stricter than servers are: what two readers could take for
-// two names is an error.
+// two names is an error. A second ClientHello, after a HelloRetryRequest, is not
+// looked at: servers must see to it that it has the name of the first (4.1.2).
 func serverName(body []byte) (string, error) {
 	c := cursor{rest: body}
 	c.take(2 + 32) // version, random

@@ -281,7 +281,7 @@ func TestInspectHTTP(t *testing.T) {
 	w := web(t, Config{}, "a.example:80", "b.example:443")
 	up := webServer(t, http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		_, _ = io.WriteString(rw, r.Method+" "+r.Host+" "+r.RequestURI+" "+r.Header.Get("X-Forwarded-For")+string(body))
+		_, _ = io.WriteString(rw, r.Method+" "+r.Host+" "+r.RequestURI+" "+r.Header.Get("X-Forwarded-For")+r.Header.Get("Upgrade")+string(body))
 	}), false)
 	const dst = "93.184.216.34:80"
 	w.net.put("tcp", dst, up.Listener.Addr().String())
@@ -298,7 +298,9 @@ func TestInspectHTTP(t *testing.T) {
 		"address":      {get("93.184.216.34"), 403, "tine egress: no rule allows this host\n"},
 		"none":         {"GET / HTTP/1.0\r\n\r\n", 403, "tine egress: no rule allows this host\n"},
 		"absolute":     {"GET http://evil.example/ HTTP/1.1\r\nHost: a.example\r\n\r\n", 403, "tine egress: no rule allows this host\n"},
-		"connect":      {"CONNECT a.example:80 HTTP/1.1\r\nHost: a.example:80\r\n\r\n", 405, "tine egress: this is no proxy to connect through\n"},
+		"connect":      {"CONNECT a.example:80 HTTP/1.1\r\nHost: a.example:80\r\n\r\n", 405, "tine egress: this method goes nowhere\n"},
+		"trace":        {"TRACE / HTTP/1.1\r\nHost: a.example\r\n\r\n", 405, "tine egress: this method goes nowhere\n"},
+		"h2c":          {"GET / HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n", 200, "GET a.example / "},
 		"two-hosts":    {"GET / HTTP/1.1\r\nHost: a.example\r\nHost: evil.example\r\n\r\n", 400, ""},
 		"two-lengths":  {"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxy", 400, ""},
 		"body":         {"POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\n\r\nbody", 200, "POST a.example / body"},
@@ -334,7 +336,7 @@ func TestInspectUpgrade(t *testing.T) {
 	w := web(t, Config{}, "a.example:80")
 	up := webServer(t, http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
 		rw.Header().Set("Connection", "Upgrade")
-		rw.Header().Set("Upgrade", "echo")
+		rw.Header().Set("Upgrade", "websocket")
 		rw.WriteHeader(http.StatusSwitchingProtocols)
 		c, rest, err := rw.(http.Hijacker).Hijack()
 		if err != nil {
@@ -345,7 +347,7 @@ func TestInspectUpgrade(t *testing.T) {
 	}), false)
 	w.net.put("tcp", "93.184.216.34:80", up.Listener.Addr().String())
 	guest := w.link.connect(t, "93.184.216.34:80")
-	status, _ := request(t, guest, "GET / HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+	status, _ := request(t, guest, "GET / HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 	if status != http.StatusSwitchingProtocols {
 		t.Fatalf("status %d", status)
 	}
@@ -353,7 +355,28 @@ func TestInspectUpgrade(t *testing.T) {
 	_ = guest.Close()
 	eventually(t, "the end", func() bool { return w.Stats().ConnectionsOpen == 0 })
 	guest = w.link.connect(t, "93.184.216.34:80") // and one that is cut
-	request(t, guest, "GET / HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+	request(t, guest, "GET / HTTP/1.1\r\nHost: a.example\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 	w.SetPolicy(nil)
 	wantReset(t, guest)
+}
+
+// A connection stays on the ground of the request that it carries.
+func TestSetPolicyDuringRequest(t *testing.T) {
+	t.Parallel()
+	w := web(t, Config{}, "a.example:80", "b.example:80")
+	up := webServer(t, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), false)
+	w.net.put("tcp", "93.184.216.34:80", up.Listener.Addr().String())
+	open := func(host string) (c *net.TCPConn) {
+		c = w.link.connect(t, "93.184.216.34:80")
+		if status, _ := request(t, c, get(host)); status != 200 {
+			t.Fatalf("%s: status %d", host, status)
+		}
+		return c
+	}
+	a, b := open("a.example"), open("b.example")
+	w.SetPolicy(compile(t, true, "b.example:80"))
+	wantReset(t, a)
+	if status, _ := request(t, b, get("a.example")); status != 403 {
+		t.Errorf("status %d", status)
+	}
 }

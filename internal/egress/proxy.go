@@ -78,10 +78,11 @@ func (p *proxy) serve(w http.ResponseWriter, req *http.Request) {
 		refuse(w, http.StatusForbidden, "no rule allows this host")
 		return
 	}
-	if req.Method == http.MethodConnect {
-		refuse(w, http.StatusMethodNotAllowed, "this is no proxy to connect through")
+	if req.Method == http.MethodConnect || req.Method == http.MethodTrace { // TRACE would show secrets
+		refuse(w, http.StatusMethodNotAllowed, "this method goes nowhere")
 		return
 	}
+	onlyWebSocket(req.Header)
 	to := target{scheme: "http", host: cmp.Or(req.Host, p.r.dst.String()), transport: p.plain}
 	if byName && p.r.dst.Port() == portHTTP {
 		if secrets := p.r.g.secretsOf(name); len(secrets) > 0 {
@@ -99,6 +100,15 @@ func (p *proxy) host(req *http.Request) (string, error) {
 		return "", fmt.Errorf("%w: host %.80q has another port", errdef.ErrInvalid, req.Host)
 	}
 	return parseName(host)
+}
+
+// onlyWebSocket takes out offers to go on in another protocol, as in HTTP/2 in
+// clear (h2c), in which requests that nobody looks at would name other hosts.
+func onlyWebSocket(h http.Header) {
+	if up := h.Values("Upgrade"); len(up) != 1 || !strings.EqualFold(up[0], "websocket") {
+		h.Del("Upgrade")
+		h.Del("Http2-Settings")
+	}
 }
 
 func refuse(w http.ResponseWriter, status int, why string) {

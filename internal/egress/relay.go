@@ -109,11 +109,11 @@ func (r *relay) cut() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.ended = true
-	r.end()
-	reset(r.guest)
+	reset(r.guest) // before end, which would have others close it with care
 	if r.remote != nil {
 		reset(r.remote)
 	}
+	r.end()
 }
 
 // connect dials the destination, so that a cut ends that connection too.

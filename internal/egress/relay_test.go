@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -123,6 +124,25 @@ func TestTooManyConnections(t *testing.T) {
 	if _, err := c.Read(make([]byte, 1)); err != nil {
 		t.Error(err)
 	}
+}
+
+// The host's own addresses are asked for anew at each connection.
+func TestHostIsNeverReached(t *testing.T) {
+	t.Parallel()
+	var moved atomic.Bool
+	local := func(a netip.Addr) bool { return moved.Load() && a == netip.MustParseAddr("93.184.216.34") }
+	p, err := Compile(Rules{Allow: []Rule{{CIDR: "93.184.216.34"}}}, Bounds{Local: local})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := start(t, Config{Policy: p})
+	w.net.serve(server, echo)
+	wantEcho(t, w.link.connect(t, server), w.link.connect(t, "[::ffff:93.184.216.34]:443"))
+	moved.Store(true)
+	wantReset(t, w.link.connect(t, server))
+	w.wantDenial(t, TCP, server, Host)
+	wantReset(t, w.link.connect(t, "[2001:db8::1]:443"))
+	w.wantDenial(t, TCP, "[2001:db8::1]:443", NotIPv4)
 }
 
 // One whose one side has ended does not wait for ever for the other.
@@ -271,6 +291,9 @@ func TestDefaultDialChecks(t *testing.T) {
 		if err := g.checkPeer("tcp4", dst, nil); !errors.Is(err, errdef.ErrDenied) {
 			t.Errorf("peer %s: %v", dst, err)
 		}
+	}
+	if got := g.Denials(); len(got) != 2 {
+		t.Errorf("denials: %v", got)
 	}
 	if err := g.checkPeer("tcp4", "93.184.216.34:80", nil); err != nil {
 		t.Error(err)
