@@ -138,7 +138,7 @@ func FuzzHello(f *testing.F) {
 				return nil, errors.New("enough")
 			},
 		})
-		_ = server.HandshakeContext(t.Context())
+		_ = server.Handshake()
 	})
 }
 

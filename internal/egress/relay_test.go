@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -215,6 +216,28 @@ func wantEcho(tb testing.TB, conns ...net.Conn) {
 			tb.Fatalf("got %q, error %v", got, err)
 		}
 	}
+}
+
+// Whatever a policy does not allow is gone, however the two met.
+func TestSetPolicyRaces(t *testing.T) {
+	t.Parallel()
+	w := start(t, Config{})
+	w.net.serve(server, echo)
+	w.net.serveUDP("93.184.216.34:443", upper)
+	on := compile(t, false, "0.0.0.0/0")
+	for range 30 {
+		w.SetPolicy(on)
+		var guests []*net.TCPConn
+		for i := range 4 {
+			guests = append(guests, w.link.connect(t, server))
+			w.link.send([]byte("x"), fmt.Sprintf("172.31.0.2:%d", 1000+i), server)
+		}
+		w.SetPolicy(nil)
+		for _, c := range guests {
+			wantReset(t, c)
+		}
+	}
+	eventually(t, "the end", func() bool { s := w.Stats(); return s.ConnectionsOpen+s.FlowsOpen == 0 })
 }
 
 // Whatever is open when the link closes is cut, and nothing is left of it.

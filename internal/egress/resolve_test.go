@@ -252,23 +252,41 @@ func TestNoUpstream(t *testing.T) {
 }
 
 // A guest that asks as fast as it can is not answered as fast.
-func TestFloodOfQueries(t *testing.T) {
+func TestRateOfQueries(t *testing.T) {
 	t.Parallel()
 	c := newClock()
+	w := start(t, Config{Policy: compile(t, false, "a.example"), Now: c.now}, func(l *limits) { l.queryBurst = 20 })
+	flood := func() {
+		for range 30 {
+			w.link.send(query(t, "evil.example", dns.TypeA), guestDNS, anyDNS)
+		}
+	}
+	flood()
+	eventually(t, "drops", func() bool { return w.Stats().DNSDropped == 10 })
+	c.pass(100 * time.Millisecond) // 200 a second
+	flood()
+	eventually(t, "drops", func() bool { return w.Stats().DNSDropped == 20 })
+	for range 40 {
+		w.link.receive(t)
+	}
+	w.wantDenial(t, "dns", "evil.example", UnknownName)
+	if s := w.Stats(); s.DNSQueries != 40 || s.Denied != 40 {
+		t.Errorf("stats: %+v", s)
+	}
+	w.link.send(make([]byte, maxQuery+1), guestDNS, anyDNS)
+	eventually(t, "a drop", func() bool { return w.Stats().DNSDropped == 21 })
+}
+
+func TestQueriesInFlight(t *testing.T) {
+	t.Parallel()
 	silent := newNameServer(t)
 	silent.set(func(s *nameServer) { s.rewrite = func(string, []byte, *dns.Msg) [][]byte { return nil } })
-	w := start(t, Config{Upstream: []string{silent.addr}, Policy: compile(t, false, "a.example"), Now: c.now},
-		func(l *limits) { l.queryBurst, l.queries, l.upstream = 20, 4, 10*time.Minute })
-	for range 10 { // 4 of them wait
+	w := start(t, Config{Upstream: []string{silent.addr}, Policy: compile(t, false, "a.example")},
+		func(l *limits) { l.queries, l.upstream = 4, 10*time.Minute })
+	for range 10 {
 		w.link.send(query(t, "a.example", dns.TypeA), guestDNS, anyDNS)
 	}
 	eventually(t, "drops", func() bool { return w.Stats().DNSDropped == 6 })
-	for range 30 { // the bucket had 20
-		w.link.send(query(t, "evil.example", dns.TypeA), guestDNS, anyDNS)
-	}
-	eventually(t, "drops", func() bool { return w.Stats().DNSDropped == 36 })
-	w.link.send(make([]byte, maxQuery+1), guestDNS, anyDNS)
-	eventually(t, "a drop", func() bool { return w.Stats().DNSDropped == 37 })
 	w.stop() // does not wait for the silent server
 }
 
