@@ -231,7 +231,7 @@ func start(tb testing.TB, cfg Config, tune ...func(*limits)) *world {
 	if w.Gateway, err = newGateway(cfg, lim); err != nil {
 		tb.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(tb.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.Serve(ctx, w.link) }()
 	w.stop = sync.OnceFunc(func() {

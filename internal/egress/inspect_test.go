@@ -3,7 +3,6 @@ package egress
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/tls"
 	"encoding/hex"
 	"errors"
@@ -23,7 +22,7 @@ func helloOf(tb testing.TB, cfg *tls.Config) []byte {
 	tb.Helper()
 	a, b := net.Pipe()
 	go func() {
-		_ = tls.Client(a, cfg).HandshakeContext(context.Background())
+		_ = tls.Client(a, cfg).HandshakeContext(tb.Context())
 		_ = a.Close()
 	}()
 	raw, _, err := readHello(b)

@@ -34,7 +34,7 @@ const (
 // each is written anew, so that what it says to us it says to the host.
 func (r *relay) serveHTTP(guest net.Conn, v verdict) {
 	p := &proxy{r: r}
-	p.plain = p.transport(func(ctx context.Context) (net.Conn, error) { return r.connect(ctx) })
+	p.plain = p.transport(func() (net.Conn, error) { return r.connect(r.ctx) })
 	defer p.close()
 	l := &oneConn{conn: &metered{
 		Conn: guest, ctx: r.ctx, up: r.g.up, down: r.g.down,
@@ -139,7 +139,7 @@ func (p *proxy) withSecrets(name string, secrets []preparedSecret) target {
 	}
 	p.closeHidden()
 	defer func() { p.hidden = to }()
-	to.transport = p.transport(func(ctx context.Context) (net.Conn, error) { return p.r.dialHost(ctx, name, port) })
+	to.transport = p.transport(func() (net.Conn, error) { return p.r.dialHost(p.r.ctx, name, port) })
 	return to
 }
 
@@ -175,11 +175,11 @@ func (t target) send(w http.ResponseWriter, req *http.Request) {
 	rp.ServeHTTP(w, req)
 }
 
-// transport makes connections by dial alone, whatever a request says. They end
-// with the relay at the latest.
-func (p *proxy) transport(dial func(context.Context) (net.Conn, error)) *http.Transport {
+// transport makes connections by dial alone, whatever a request says. It is the
+// relay that bounds them, not the request.
+func (p *proxy) transport(dial func() (net.Conn, error)) *http.Transport {
 	return &http.Transport{
-		DialContext:            func(context.Context, string, string) (net.Conn, error) { return dial(p.r.ctx) },
+		DialContext:            func(context.Context, string, string) (net.Conn, error) { return dial() },
 		TLSClientConfig:        &tls.Config{RootCAs: p.r.g.cfg.RootCAs, MinVersion: tls.VersionTLS12},
 		TLSHandshakeTimeout:    p.r.g.lim.dial,
 		ResponseHeaderTimeout:  answerTimeout,

@@ -201,7 +201,10 @@ func TestUpstreamIsNotTrusted(t *testing.T) {
 			pack(func(m *dns.Msg) { m.Question[0].Qtype = dns.TypeAAAA }),
 			pack(func(m *dns.Msg) { m.Response = false }),
 			pack(func(m *dns.Msg) { m.Question = nil }),
-			q, {1}, {}, packed,
+			q,
+			{1},
+			{},
+			packed,
 		}
 	}
 	broken := newNameServer(t)
