@@ -34,6 +34,7 @@ var mayImport = map[string][]string{
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
 	"internal/cgroup":   {"internal/errdef", "internal/undo"},
+	"internal/egress":   {"internal/errdef"},
 	"internal/ext4":     {"internal/errdef"},
 	"internal/guest":    {"internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
