@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -255,7 +256,7 @@ func TestServeEnds(t *testing.T) {
 	w.stop()
 	for _, c := range []net.Conn{talks, dns, silent, asks} {
 		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
-		if n, err := c.Read(make([]byte, 1)); n != 0 || errors.Is(err, context.DeadlineExceeded) {
+		if n, err := c.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("read %d bytes, error %v", n, err)
 		}
 	}
