@@ -165,7 +165,7 @@ func TestSecretOnlyForTheHost(t *testing.T) {
 			t.Errorf("%s: status %d, %q", host, status, body)
 		}
 	}
-	w.wantDenial(t, "dns", "inside.example.com (10.0.0.1)", Private)
+	w.wantDenial(t, "dns", "inside.example.com (10.0.0.1)", PrivateNetwork)
 }
 
 func TestSecretIsNotShown(t *testing.T) {
