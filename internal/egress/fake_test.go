@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -277,7 +278,7 @@ func wantReset(tb testing.TB, c net.Conn) {
 	tb.Helper()
 	_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
 	n, err := c.Read(make([]byte, 1))
-	if n > 0 || err == nil || errors.Is(err, io.EOF) || errors.Is(err, context.DeadlineExceeded) {
+	if n > 0 || err == nil || errors.Is(err, io.EOF) || errors.Is(err, os.ErrDeadlineExceeded) {
 		tb.Fatalf("read %d bytes, error %v, want a reset", n, err)
 	}
 }

@@ -131,7 +131,8 @@ func (g *Gateway) Serve(ctx context.Context, link Link) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var loops, reporter sync.WaitGroup
-	reporter.Go(g.reportDenials)
+	quiet := make(chan struct{})
+	reporter.Go(func() { g.reportDenials(quiet) })
 	loops.Go(func() { defer cancel(); g.acceptAll(ctx, link) })
 	loops.Go(func() { defer cancel(); g.readAll(ctx, link) })
 	<-ctx.Done()
@@ -139,9 +140,7 @@ func (g *Gateway) Serve(ctx context.Context, link Link) error {
 	loops.Wait()
 	g.cut(func(verdict, string, netip.AddrPort) bool { return false })
 	g.work.Wait()
-	if g.denials.report != nil {
-		close(g.denials.report) // nobody is left who notes one
-	}
+	close(quiet)
 	reporter.Wait()
 	if err != nil && !errors.Is(err, net.ErrClosed) {
 		return fmt.Errorf("close egress link: %w", err)
@@ -149,12 +148,18 @@ func (g *Gateway) Serve(ctx context.Context, link Link) error {
 	return nil
 }
 
-func (g *Gateway) reportDenials() {
-	if g.denials.report == nil {
-		return
-	}
-	for d := range g.denials.report {
-		g.cfg.Denied(d)
+// reportDenials tells of denials until it is quiet, and of those before that.
+func (g *Gateway) reportDenials(quiet <-chan struct{}) {
+	for {
+		select {
+		case d := <-g.denials.report: // never, when nobody listens
+			g.cfg.Denied(d)
+			continue
+		case <-quiet:
+		}
+		if len(g.denials.report) == 0 {
+			return
+		}
 	}
 }
 

@@ -168,10 +168,10 @@ func TestForbidden(t *testing.T) {
 	for text, want := range map[string]Reason{
 		"0.0.0.0": Unspecified, "0.1.2.3": Unspecified, "127.0.0.1": Loopback, "127.255.0.1": Loopback,
 		"169.254.169.254": LinkLocal, "224.0.0.1": Multicast, "239.255.255.250": Multicast, "240.0.0.1": Multicast,
-		"255.255.255.255": Multicast, "10.0.0.1": Private, "10.1.0.2": "", "10.1.0.1": Host, "10.2.0.1": Private,
-		"172.15.255.255": "", "172.16.0.1": Private, "172.31.255.255": Private, "172.32.0.0": "", "192.168.1.1": Private,
-		"100.63.255.255": "", "100.64.0.1": Private, "100.127.255.255": Private, "100.128.0.0": "", "198.17.255.255": "",
-		"198.18.0.1": Private, "198.19.255.255": Private, "198.20.0.0": "", "192.0.0.1": Private, "192.0.1.1": "",
+		"255.255.255.255": Multicast, "10.0.0.1": PrivateNetwork, "10.1.0.2": "", "10.1.0.1": HostItself, "10.2.0.1": PrivateNetwork,
+		"172.15.255.255": "", "172.16.0.1": PrivateNetwork, "172.31.255.255": PrivateNetwork, "172.32.0.0": "", "192.168.1.1": PrivateNetwork,
+		"100.63.255.255": "", "100.64.0.1": PrivateNetwork, "100.127.255.255": PrivateNetwork, "100.128.0.0": "", "198.17.255.255": "",
+		"198.18.0.1": PrivateNetwork, "198.19.255.255": PrivateNetwork, "198.20.0.0": "", "192.0.0.1": PrivateNetwork, "192.0.1.1": "",
 		"8.8.8.8": "", "223.255.255.255": "", "::1": NotIPv4, "::ffff:8.8.8.8": NotIPv4,
 	} {
 		if got := b.forbidden(netip.MustParseAddr(text)); got != want {

@@ -3,16 +3,15 @@ package egress
 import (
 	"cmp"
 	"context"
-	"crypto/tls"
 	"fmt"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"net/http/httputil"
-	"net/netip"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,7 +32,7 @@ const (
 // on those whose Host is allowed: every one is checked, not just the first, and
 // each is written anew, so that what it says to us it says to the host.
 func (r *relay) serveHTTP(guest net.Conn, v verdict) {
-	p := &proxy{r: r}
+	p := &proxy{r: r, conns: map[*proxyConn]struct{}{}}
 	p.plain = p.transport(func() (net.Conn, error) { return r.connect(r.ctx) })
 	defer p.close()
 	l := &oneConn{conn: &metered{
@@ -66,6 +65,12 @@ type proxy struct {
 	// hidden is to where the last request with secrets went. Requests come one
 	// after the other, so nothing guards it.
 	hidden target
+
+	dials sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	conns  map[*proxyConn]struct{} // those to hosts that are open
 }
 
 func (p *proxy) serve(w http.ResponseWriter, req *http.Request) {
@@ -137,22 +142,12 @@ func (p *proxy) withSecrets(name string, secrets []preparedSecret) target {
 		to.transport = last.transport
 		return to
 	}
-	p.closeHidden()
-	defer func() { p.hidden = to }()
-	to.transport = p.transport(func() (net.Conn, error) { return p.r.dialHost(p.r.ctx, name, port) })
-	return to
-}
-
-// close ends what the proxy has open and does not use.
-func (p *proxy) close() {
-	p.plain.CloseIdleConnections()
-	p.closeHidden()
-}
-
-func (p *proxy) closeHidden() {
 	if p.hidden.transport != nil {
 		p.hidden.transport.CloseIdleConnections()
 	}
+	defer func() { p.hidden = to }()
+	to.transport = p.transport(func() (net.Conn, error) { return p.r.dialHost(p.r.ctx, name, port) })
+	return to
 }
 
 func (t target) send(w http.ResponseWriter, req *http.Request) {
@@ -173,34 +168,4 @@ func (t target) send(w http.ResponseWriter, req *http.Request) {
 		},
 	}
 	rp.ServeHTTP(w, req)
-}
-
-// transport makes connections by dial alone, whatever a request says. It is the
-// relay that bounds them, not the request.
-func (p *proxy) transport(dial func() (net.Conn, error)) *http.Transport {
-	return &http.Transport{
-		DialContext:            func(context.Context, string, string) (net.Conn, error) { return dial() },
-		TLSClientConfig:        &tls.Config{RootCAs: p.r.g.cfg.RootCAs, MinVersion: tls.VersionTLS12},
-		TLSHandshakeTimeout:    p.r.g.lim.dial,
-		ResponseHeaderTimeout:  answerTimeout,
-		MaxResponseHeaderBytes: maxHead,
-		IdleConnTimeout:        idleTimeout,
-		MaxIdleConns:           1,
-		DisableCompression:     true,
-		ExpectContinueTimeout:  time.Second,
-	}
-}
-
-// dialHost connects to a host by its name.
-func (r *relay) dialHost(ctx context.Context, name string, port uint16) (net.Conn, error) {
-	addrs := r.g.lookup(ctx, name).addrs
-	err := fmt.Errorf("%w: %s has no address that may be reached", errdef.ErrUnavailable, name)
-	for _, addr := range addrs[:min(len(addrs), maxTries)] {
-		var conn net.Conn
-		if conn, err = r.g.dial(ctx, TCP, netip.AddrPortFrom(addr, port)); err == nil {
-			return conn, nil
-		}
-		r.g.count.dialFailed.Add(1)
-	}
-	return nil, err
 }

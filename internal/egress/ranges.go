@@ -50,12 +50,12 @@ func never() [4]block {
 // private are the blocks that rules open only where the operator lets them.
 func private() [6]block {
 	return [...]block{
-		ipv4Block(10, 0, 0, 8, Private),
-		ipv4Block(172, 16, 0, 12, Private),
-		ipv4Block(192, 168, 0, 16, Private),
-		ipv4Block(100, 64, 0, 10, Private), // carriers' NAT
-		ipv4Block(198, 18, 0, 15, Private), // benchmarks
-		ipv4Block(192, 0, 0, 24, Private),  // IETF's
+		ipv4Block(10, 0, 0, 8, PrivateNetwork),
+		ipv4Block(172, 16, 0, 12, PrivateNetwork),
+		ipv4Block(192, 168, 0, 16, PrivateNetwork),
+		ipv4Block(100, 64, 0, 10, PrivateNetwork), // carriers' NAT
+		ipv4Block(198, 18, 0, 15, PrivateNetwork), // benchmarks
+		ipv4Block(192, 0, 0, 24, PrivateNetwork),  // IETF's
 	}
 }
 
@@ -70,7 +70,7 @@ func (b Bounds) forbidden(a netip.Addr) Reason {
 		}
 	}
 	if b.Local != nil && b.Local(a) {
-		return Host
+		return HostItself
 	}
 	for _, p := range private() {
 		if p.prefix.Contains(a) && !b.private(a) {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -54,7 +55,7 @@ func TestDenied(t *testing.T) {
 	t.Parallel()
 	w := start(t, Config{Policy: compile(t, false, "0.0.0.0/0:443", "udp:0.0.0.0/0:80")})
 	for dst, reason := range map[string]Reason{
-		"93.184.216.34:80": NoRule, "127.0.0.1:443": Loopback, "169.254.169.254:443": LinkLocal, "10.0.0.1:443": Private,
+		"93.184.216.34:80": NoRule, "127.0.0.1:443": Loopback, "169.254.169.254:443": LinkLocal, "10.0.0.1:443": PrivateNetwork,
 		"0.0.0.0:443": Unspecified, "255.255.255.255:443": Multicast,
 	} {
 		wantReset(t, w.link.connect(t, dst))
@@ -141,7 +142,7 @@ func TestHostIsNeverReached(t *testing.T) {
 	wantEcho(t, w.link.connect(t, server), w.link.connect(t, "[::ffff:93.184.216.34]:443"))
 	moved.Store(true)
 	wantReset(t, w.link.connect(t, server))
-	w.wantDenial(t, TCP, server, Host)
+	w.wantDenial(t, TCP, server, HostItself)
 	wantReset(t, w.link.connect(t, "[2001:db8::1]:443"))
 	w.wantDenial(t, TCP, "[2001:db8::1]:443", NotIPv4)
 }
@@ -255,7 +256,7 @@ func TestServeEnds(t *testing.T) {
 	w.stop()
 	for _, c := range []net.Conn{talks, dns, silent, asks} {
 		_ = c.SetReadDeadline(time.Now().Add(20 * time.Second))
-		if n, err := c.Read(make([]byte, 1)); n != 0 || errors.Is(err, context.DeadlineExceeded) {
+		if n, err := c.Read(make([]byte, 1)); n != 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("read %d bytes, error %v", n, err)
 		}
 	}

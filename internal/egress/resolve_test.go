@@ -89,7 +89,7 @@ func TestResolve(t *testing.T) {
 	w.wantDenial(t, "dns", "evil.example", UnknownName)
 	w.wantDenial(t, "dns", "a.example", QueryType)
 	w.wantDenial(t, "dns", "inside.example (127.0.0.1)", Loopback)
-	w.wantDenial(t, "dns", "inside.example (10.0.0.1)", Private)
+	w.wantDenial(t, "dns", "inside.example (10.0.0.1)", PrivateNetwork)
 	w.wantDenial(t, "dns", "meta.example (169.254.169.254)", LinkLocal)
 	if got := w.Stats().DNSQueries; got != uint64(len(tests)) {
 		t.Errorf("%d queries, want %d", got, len(tests))

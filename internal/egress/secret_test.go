@@ -1,16 +1,22 @@
 package egress
 
 import (
+	"context"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/tinevm/tine/internal/errdef"
 )
@@ -159,7 +165,7 @@ func TestSecretOnlyForTheHost(t *testing.T) {
 			t.Errorf("%s: status %d, %q", host, status, body)
 		}
 	}
-	w.wantDenial(t, "dns", "inside.example.com (10.0.0.1)", Private)
+	w.wantDenial(t, "dns", "inside.example.com (10.0.0.1)", PrivateNetwork)
 }
 
 func TestSecretIsNotShown(t *testing.T) {
@@ -203,5 +209,60 @@ func TestSecretValidate(t *testing.T) {
 	}
 	if err := bearer().Validate(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A host that takes connections and says nothing holds up nobody who leaves.
+func TestLeavingASilentHost(t *testing.T) {
+	t.Parallel()
+	w, _, _ := shop(t, []Secret{bearer()}, api+":80")
+	arrived := make(chan struct{}, 1)
+	w.net.serve(apiAddr+":443", func(c *net.TCPConn) {
+		arrived <- struct{}{}
+		_, _ = io.Copy(io.Discard, c) // no handshake
+	})
+	guest := w.link.connect(t, apiAddr+":80")
+	_, _ = io.WriteString(guest, get(api))
+	<-arrived
+	_ = guest.Close()
+	eventually(t, "the end", func() bool { return w.Stats().ConnectionsOpen == 0 })
+	guest = w.link.connect(t, apiAddr+":80")
+	_, _ = io.WriteString(guest, get(api))
+	<-arrived
+	w.stop()
+	_ = guest.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := io.ReadAll(guest); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the guest's connection is still open")
+	}
+}
+
+// Hosts that end the connection after each request leave nothing behind.
+func TestProxyForgetsConnections(t *testing.T) {
+	t.Parallel()
+	w := web(t, Config{}, "a.example:80")
+	up := webServer(t, http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { rw.Header().Set("Connection", "close") }), false)
+	w.net.put("tcp", "93.184.216.34:80", up.Listener.Addr().String())
+	ours, theirs := w.link.pair(t)
+	r := &relay{g: w.Gateway, dst: netip.MustParseAddrPort("93.184.216.34:80"), guest: theirs}
+	r.ctx, r.end = context.WithCancel(t.Context())
+	p := &proxy{r: r, conns: map[*proxyConn]struct{}{}}
+	p.plain = p.transport(func() (net.Conn, error) { return r.connect(r.ctx) })
+	for range 10 {
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "http://a.example/", nil)
+		rec := httptest.NewRecorder()
+		p.serve(rec, req)
+		if rec.Code != 200 {
+			t.Fatalf("status %d", rec.Code)
+		}
+	}
+	open := func() int {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.conns)
+	}
+	eventually(t, "their end", func() bool { return open() == 0 })
+	p.close()
+	if _, err := p.dial(func() (net.Conn, error) { return ours, nil }); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("dial after close: %v", err)
 	}
 }

@@ -20,8 +20,8 @@ const (
 	Loopback           Reason = "loopback"             // 127.0.0.0/8
 	LinkLocal          Reason = "link_local"           // 169.254.0.0/16
 	Multicast          Reason = "multicast"            // 224.0.0.0/3: multicast, reserved, broadcast
-	Private            Reason = "private"              // a private network that the operator keeps
-	Host               Reason = "host"                 // an address of the host itself
+	PrivateNetwork     Reason = "private"              // a private network that the operator keeps
+	HostItself         Reason = "host"                 // an address of the host itself
 	NotIPv4            Reason = "not_ipv4"             // an address that is not IPv4
 	NoServerName       Reason = "no_server_name"       // inspected, and it showed no name
 	WrongServerName    Reason = "wrong_server_name"    // inspected, and its name is not allowed
