@@ -63,10 +63,10 @@ var mayImport = map[string][]string{
 		"internal/snapshot", "internal/vmm",
 	},
 	"internal/sandbox": {
-		"internal/durable", "internal/errdef", "internal/guest", "internal/guestmem", "internal/guestproto",
+		"internal/durable", "internal/egress", "internal/errdef", "internal/guest", "internal/guestmem", "internal/guestproto",
 		"internal/image", "internal/linux", "internal/progress", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
-	"internal/workspace": {"internal/durable", "internal/errdef", "internal/sandbox"},
+	"internal/workspace": {"internal/durable", "internal/errdef", "internal/sandbox", "internal/vmm"},
 
 	// Tier 3: delivery.
 	"client": {"internal/errdef", "internal/wire"},
@@ -142,7 +142,7 @@ var testsMayImport = map[string][]string{
 	"internal/sandbox":       {"internal/vmm/qemu"},
 
 	"internal/vmm/qemu":  {"internal/guest", "internal/image"},
-	"internal/workspace": {"internal/guest", "internal/snapshot", "internal/vmm"},
+	"internal/workspace": {"internal/guest", "internal/snapshot"},
 }
 
 // plain are the packages that use no other module than x/sys: leaves that

@@ -9,6 +9,7 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 	"github.com/tinevm/tine/internal/workspace"
 )
@@ -122,7 +123,7 @@ func errorHint(err error, more string) string {
 // branched from.
 func siblings(source sandbox.Info, snap snapshot.Snapshot, n int) sandbox.ForkRequest {
 	req := sandbox.ForkRequest{
-		Snapshot: snap.Tag, N: n, AllOrNothing: true, Labels: maps.Clone(source.Labels), MemoryLimitMiB: source.MemoryLimitMiB,
+		Snapshot: snap.Tag, N: n, AllOrNothing: true, Labels: maps.Clone(source.Labels), Limits: vmm.Limits{MemoryMiB: source.MemoryLimitMiB},
 		IdleTTL: source.IdleTTL, IdleSuspend: source.IdleSuspend,
 	}
 	delete(req.Labels, workspace.Label) // a workspace has one sandbox

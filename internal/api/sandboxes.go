@@ -10,6 +10,7 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -94,7 +95,7 @@ func (s *server) discard(ctx context.Context, results []sandbox.ForkResult) erro
 func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 	req := sandbox.ForkRequest{
 		Snapshot: b.SnapshotTag, N: or(b.N, 1), AllOrNothing: or(b.AllOrNothing, true), NoPool: !or(b.Pool, true),
-		Labels: b.Labels, MemoryLimitMiB: int(or(b.MemoryLimitMiB, 0)),
+		Labels: b.Labels, Limits: vmm.Limits{MemoryMiB: int(or(b.MemoryLimitMiB, 0))},
 		IdleSuspend: b.IdleAction == wire.CreateSandboxesRequestIdleActionSuspend, Secrets: b.Secrets, KeepSecrets: b.KeepSecrets,
 	}
 	switch {
@@ -106,7 +107,7 @@ func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 		return req, fmt.Errorf("%w: n must be at most %d", errdef.ErrInvalid, maxFork)
 	case checkLabels(req.Labels) != nil:
 		return req, checkLabels(req.Labels)
-	case req.MemoryLimitMiB < 0:
+	case req.Limits.MemoryMiB < 0:
 		return req, fmt.Errorf("%w: memory_limit_mib must not be negative", errdef.ErrInvalid)
 	case b.PerChildNetns:
 		return req, noNetwork()

@@ -28,6 +28,7 @@ type Cell struct {
 	stderr *tail
 	uid    *uidLease // nil when the daemon's own user is all there is
 	link   []*os.File
+	linked bool // it counts among the networks
 }
 
 // prepareTime bounds how long a launcher may take to get ready.
@@ -167,6 +168,9 @@ func (c *Cell) Close() error {
 	}
 	if c.uid != nil {
 		err = errors.Join(err, c.uid.Close())
+	}
+	if c.linked {
+		c.jail.dropLink()
 	}
 	return err
 }

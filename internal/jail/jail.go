@@ -15,6 +15,7 @@
 package jail
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,8 @@ type Config struct {
 	NoGroups error
 	// Spare is how many launchers wait for work.
 	Spare int
+	// Links is how many programs may have a network at once; 0: DefaultLinks.
+	Links int
 	// UIDs is a directory of lock files, one for each user id that is in use on
 	// this host: all daemons of the host share it. It is used by root only.
 	UIDs string
@@ -74,6 +77,7 @@ type Jail struct {
 
 	mu     sync.Mutex
 	closed bool
+	links  int     // networks that there are
 	spare  []*Cell // without a network
 	fill   chan struct{}
 	done   chan struct{}
@@ -160,18 +164,58 @@ func (j *Jail) Close() error {
 }
 
 // Take returns a cell to start a program in, with a network if link says so. The
-// caller starts a program in it, or closes it.
+// caller starts a program in it, or closes it. It returns errdef.ErrUnavailable
+// when there are as many networks as there may be.
 func (j *Jail) Take(ctx context.Context, link bool) (*Cell, error) {
 	if !link {
 		if c := j.takeSpare(); c != nil {
 			return c, nil
 		}
 	}
+	if link {
+		if err := j.holdLink(); err != nil {
+			return nil, err
+		}
+	}
 	c, err := j.newCell(ctx, link)
 	if err != nil {
+		if link {
+			j.dropLink()
+		}
 		return nil, fmt.Errorf("make cell: %w", err)
 	}
+	c.linked = link
 	return c, nil
+}
+
+// DefaultLinks is how many networks there may be if Config does not say.
+const DefaultLinks = 4096
+
+func (j *Jail) holdLink() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if most := cmp.Or(j.cfg.Links, DefaultLinks); j.links >= most {
+		err := fmt.Errorf("%w: all %d networks are in use", errdef.ErrUnavailable, most)
+		return errdef.WithHint(err, "remove sandboxes that have one, or raise --max-networks")
+	}
+	j.links++
+	return nil
+}
+
+func (j *Jail) dropLink() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.links--
+}
+
+// Adopt counts the network of a program that an earlier process started, also
+// when there are more than there may be; the function that it returns is called
+// when the program has ended.
+func (j *Jail) Adopt() (release func()) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.links++
+	return j.dropLink
 }
 
 func (j *Jail) takeSpare() *Cell {

@@ -17,12 +17,14 @@ type Process struct {
 	Group *cgroup.Group
 	// Name is the group's.
 	Name   string
+	jail   *Jail
+	linked bool
 	cmd    *exec.Cmd
 	opener *opener
 }
 
 func (c *Cell) process(group *cgroup.Group, name string, o *opener) *Process {
-	p := &Process{Group: group, Name: name, cmd: c.cmd, opener: o}
+	p := &Process{Group: group, Name: name, jail: c.jail, linked: c.linked, cmd: c.cmd, opener: o}
 	_ = c.socket.Close() // the other end is closed
 	if c.uid != nil {
 		_ = c.uid.Close() // the program has the lock now
@@ -45,7 +47,13 @@ func (p *Process) Started() error {
 }
 
 // Wait waits for the program's end. Only one goroutine calls it.
-func (p *Process) Wait() error { return p.cmd.Wait() }
+func (p *Process) Wait() error {
+	err := p.cmd.Wait()
+	if p.linked {
+		p.jail.dropLink()
+	}
+	return err
+}
 
 // Kill ends the program, and all that there is in its namespaces.
 func (p *Process) Kill() error { return p.cmd.Process.Kill() }

@@ -31,6 +31,7 @@ type box struct {
 	mu      sync.Mutex
 	vm      vmm.VM // nil when suspended, or gone before this process came
 	record  record
+	outlet  *outlet       // of its machine's network; nil if there is none
 	removed bool          // its directory is, or is about to be
 	client  *guest.Client // the present session, or nil
 	inUse   int           // Withs under way
@@ -152,6 +153,7 @@ func (b *box) obey(what action) error {
 	b.overErr = fmt.Errorf("sandbox %s: %w", b.id, errClosed)
 	b.turn <- struct{}{} // whoever has it gives up now
 	b.hangUp()
+	b.disconnect()
 	b.m.remove(b)
 	if vm := b.machine(); vm != nil {
 		return vm.Detach()
@@ -256,12 +258,17 @@ func (b *box) died(vm vmm.VM) (over bool) {
 		b.doomed = true // nobody will ever ask how it died
 	} else {
 		b.record.State, b.record.Reason = Dead, reason
+		b.record.OutOfMemory = errors.Is(vm.Err(), vmm.ErrOutOfMemory)
 	}
+	oom := b.record.OutOfMemory
 	doomed := b.doomed
 	err := b.saveLocked()
 	b.stop(deadError(reason))
 	b.mu.Unlock()
 	b.m.Logger.Warn("sandbox died", "sandbox", b.id, "reason", reason)
+	if oom {
+		b.m.Events.Add(OutOfMemory, b.id, EventData{Reason: reason})
+	}
 	if !doomed {
 		b.m.Events.Add(Died, b.id, EventData{Reason: reason})
 	}
@@ -269,6 +276,7 @@ func (b *box) died(vm vmm.VM) (over bool) {
 		b.m.Logger.Error("death not recorded", "sandbox", b.id, "error", err)
 	}
 	b.hangUp()
+	b.disconnect()
 	if !doomed {
 		return false
 	}
@@ -296,6 +304,7 @@ func (b *box) destroy() error {
 	b.turn <- struct{}{} // stop has been called: whoever has it gives up now
 	defer func() { <-b.turn }()
 	b.hangUp()
+	b.disconnect()
 	b.disown()
 	err := b.killMachine()
 	if err == nil {

@@ -148,6 +148,7 @@ func (w *branching) take(ctx context.Context) error {
 	}
 	progress.Report(ctx, "branch", "preparing")
 	w.c = w.m.newCapture(vm, w.stage, w.req.Mode)
+	w.c.limits = r.Limits
 	w.c.facts.BranchedFrom, w.c.facts.Auto, w.c.facts.Owner = b.id, w.auto, w.req.Owner
 	if err = w.c.prepare(r.Origin, r.Head); err != nil {
 		return err

@@ -25,6 +25,8 @@ type capture struct {
 	mode  Mode
 	facts snapshot.Facts
 
+	limits vmm.Limits // of the machine
+
 	origin snapshot.Snapshot // what the machine was raised from
 	parent snapshot.Snapshot // what the layer is relative to; of Full only what it follows
 	images map[string]*guestmem.Image
@@ -76,6 +78,9 @@ func (c *capture) arm(ctx context.Context) (err error) {
 		c.m.Logger.WarnContext(ctx, "scratch disk not prepared for a branch", "error", err)
 	}
 	if c.mode == Live {
+		if err = c.lift(); err != nil {
+			return err
+		}
 		c.twin, err = c.m.Freezer.Prepare(ctx, c.space)
 		if err == nil {
 			c.memory.Add(c.twin.Close)
@@ -90,6 +95,29 @@ func (c *capture) arm(ctx context.Context) (err error) {
 		c.memory.Add(c.room.Close)
 	}
 	return err
+}
+
+// lift gives the machine room for a second copy of what it writes while its twin
+// is read: the kernel counts both against its limit. It is taken away again when
+// the twin is gone.
+func (c *capture) lift() error {
+	if c.limits.MemoryMiB == 0 {
+		return nil
+	}
+	more := c.limits
+	more.MemoryMiB += c.origin.Manifest.Machine.MemoryMiB
+	if err := c.vm.SetLimits(more); err != nil {
+		return err
+	}
+	c.memory.Add(func() error {
+		select {
+		case <-c.vm.Done(): // and its limits with it
+			return nil
+		default:
+			return c.vm.SetLimits(c.limits)
+		}
+	})
+	return nil
 }
 
 // hold finds a snapshot and keeps it until close.

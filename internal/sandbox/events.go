@@ -21,6 +21,8 @@ const (
 	Resumed         EventType = "resumed"
 	RolledBack      EventType = "rolled_back"
 	Died            EventType = "died"
+	OutOfMemory     EventType = "out_of_memory" // and then Died
+	EgressDenied    EventType = "egress_denied" // at most once a minute for each destination
 	Expired         EventType = "expired"
 	Removed         EventType = "removed"
 	SnapshotCreated EventType = "snapshot.created"

@@ -36,6 +36,9 @@ func (m *Manager) Fork(ctx context.Context, req ForkRequest) (results []ForkResu
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
+	if _, err = m.checkNet(req.Net, o.snap.Manifest.Machine); err != nil {
+		return nil, fmt.Errorf("fork %s: %w", req.Snapshot, err)
+	}
 	parked, err := m.reserve(req, o.snap.Digest)
 	if err != nil {
 		return nil, err
@@ -67,12 +70,10 @@ func (m *Manager) check(req ForkRequest) error {
 		return fmt.Errorf("%w: n = %d: it must be 1 to %d", errdef.ErrInvalid, req.N, m.Limits.Fork)
 	case req.IdleTTL < 0 || req.Lifetime < 0:
 		return fmt.Errorf("%w: negative time to live", errdef.ErrInvalid)
-	case req.MemoryLimitMiB < 0:
-		return fmt.Errorf("%w: negative memory limit", errdef.ErrInvalid)
 	case size > maxLabels:
 		return fmt.Errorf("%w: %d bytes of labels, %d allowed", errdef.ErrInvalid, size, maxLabels)
 	}
-	return guest.CheckSecrets(req.secrets().values)
+	return errors.Join(checkLimits(req.Limits), guest.CheckSecrets(req.secrets().values))
 }
 
 // reserve takes a place for each child: that of a parked fork where there is
@@ -170,14 +171,34 @@ func (m *Manager) forkOne(ctx context.Context, req ForkRequest, o *origin, parke
 			return nil, err
 		}
 		defer leave()
-		if b, err = m.bring(ctx, o, req.secrets()); err != nil {
+		if b, err = m.bring(ctx, o, req.secrets(), req.Limits); err != nil {
 			return nil, err
 		}
 	}
-	if err := b.handOut(req, start); err != nil {
+	if err := errors.Join(b.equip(req), b.handOut(req, start)); err != nil {
 		return nil, errors.Join(err, b.order(context.WithoutCancel(ctx), end))
 	}
 	return b, nil
+}
+
+// equip gives the sandbox what its caller allows it to take and to reach.
+func (b *box) equip(req ForkRequest) error {
+	b.mu.Lock()
+	vm, shape, has := b.vm, b.record.Machine, b.record.Limits
+	limits := b.m.limits(req.Limits, shape)
+	b.record.MemoryLimitMiB, b.record.Limits, b.record.Net = req.Limits.MemoryMiB, limits, req.Net
+	b.mu.Unlock()
+	if limits != has { // it was parked
+		if err := vm.SetLimits(limits); err != nil {
+			return fmt.Errorf("limit sandbox: %w", err)
+		}
+	}
+	if req.Net != nil {
+		if err := b.m.keepSecrets(b.id, req.Net.Secrets); err != nil {
+			return fmt.Errorf("keep secrets: %w", err)
+		}
+	}
+	return b.connect(vm)
 }
 
 // handOut makes the sandbox the caller's: from now on it outlives a daemon
@@ -193,7 +214,7 @@ func (b *box) handOut(req ForkRequest, start time.Time) error {
 	r.State = Running
 	r.SnapshotTag = req.Snapshot
 	r.CreatedAt, r.LastActive = now, now
-	r.IdleTTL, r.IdleSuspend, r.Labels, r.MemoryLimitMiB = req.IdleTTL, req.IdleSuspend, maps.Clone(req.Labels), req.MemoryLimitMiB
+	r.IdleTTL, r.IdleSuspend, r.Labels = req.IdleTTL, req.IdleSuspend, maps.Clone(req.Labels)
 	if req.Lifetime > 0 {
 		r.ExpiresAt = now.Add(req.Lifetime)
 	}
@@ -220,10 +241,10 @@ func (m *Manager) CanFork(ctx context.Context, ref string) error {
 // unique. The caller holds a place and has entered; on error the place is
 // given back. The record on disk says Creating until somebody has been given
 // the sandbox.
-func (m *Manager) bring(ctx context.Context, o *origin, s secrets) (_ *box, err error) {
+func (m *Manager) bring(ctx context.Context, o *origin, s secrets, limits vmm.Limits) (_ *box, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, m.Limits.Identity, fmt.Errorf("%w: the guest did not confirm its identity in time", errdef.ErrTimeout))
 	defer cancel()
-	b, err := m.restore(ctx, o)
+	b, err := m.restore(ctx, o, limits)
 	if err != nil {
 		m.drop()
 		return nil, err
@@ -238,14 +259,15 @@ func (m *Manager) bring(ctx context.Context, o *origin, s secrets) (_ *box, err 
 }
 
 // restore makes the directory and the machine of a fork.
-func (m *Manager) restore(ctx context.Context, o *origin) (_ *box, err error) {
+func (m *Manager) restore(ctx context.Context, o *origin, asked vmm.Limits) (_ *box, err error) {
 	r := m.newRecord(newID())
 	r.SnapshotTag, r.SnapshotDigest, r.Machine = o.snap.Tag, o.snap.Digest, o.snap.Manifest.Machine
 	r.Origin, r.Head = o.snap.Digest, o.snap.Digest
+	r.Limits = m.limits(asked, r.Machine)
 	if err = r.create(m.Dir, m.self); err != nil {
 		return nil, err
 	}
-	vm, err := m.raise(ctx, o, r.ID, firstSeat)
+	vm, err := m.raise(ctx, o, r.ID, firstSeat, r.Limits)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(m.dir(r.ID)))
 	}
@@ -254,12 +276,12 @@ func (m *Manager) restore(ctx context.Context, o *origin) (_ *box, err error) {
 }
 
 // raise brings a machine up from a snapshot, at a seat of the sandbox id.
-func (m *Manager) raise(ctx context.Context, o *origin, id, seat string) (vmm.VM, error) {
+func (m *Manager) raise(ctx context.Context, o *origin, id, seat string, limits vmm.Limits) (vmm.VM, error) {
 	common, err := m.common(id, seat, o.snap.Manifest.Machine, o.root)
 	if err != nil {
 		return nil, err
 	}
-	common.Leases = o.pins
+	common.Leases, common.Limits = o.pins, limits
 	vm, err := m.Engine.Restore(ctx, vmm.RestoreSpec{
 		Common: common, Memory: o.base.Path, Device: o.snap.DevicePath(), Fill: o.fill, Disk: o.snap.DiskPaths(),
 	})

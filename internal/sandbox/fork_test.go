@@ -13,6 +13,7 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 func TestForksInheritAndAreIndependent(t *testing.T) {
@@ -75,7 +76,7 @@ func TestForkRefuses(t *testing.T) {
 		"path":              {ForkRequest{Snapshot: "../py", N: 1}, errdef.ErrInvalid},
 		"negative-ttl":      {ForkRequest{Snapshot: "py", N: 1, IdleTTL: -1}, errdef.ErrInvalid},
 		"negative-lifetime": {ForkRequest{Snapshot: "py", N: 1, Lifetime: -1}, errdef.ErrInvalid},
-		"negative-memory":   {ForkRequest{Snapshot: "py", N: 1, MemoryLimitMiB: -1}, errdef.ErrInvalid},
+		"negative-memory":   {ForkRequest{Snapshot: "py", N: 1, Limits: vmm.Limits{MemoryMiB: -1}}, errdef.ErrInvalid},
 		"labels":            {ForkRequest{Snapshot: "py", N: 1, Labels: map[string]string{"a": strings.Repeat("x", maxLabels)}}, errdef.ErrInvalid},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -82,6 +82,8 @@ type Config struct {
 	// Logger may be nil.
 	Logger *slog.Logger
 	Limits Limits
+	// Net bounds what sandboxes may reach.
+	Net NetConfig
 	// Machine is the shape of templates that do not ask for one; zero fields
 	// are 256 MiB and one CPU.
 	Machine vmm.Machine

@@ -11,6 +11,7 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // pool keeps forks of one snapshot parked: restored, made unique, run once and
@@ -231,7 +232,7 @@ func (m *Manager) park(p *pool) error {
 		return err
 	}
 	defer leave()
-	b, err := m.bring(p.ctx, p.origin, secrets{})
+	b, err := m.bring(p.ctx, p.origin, secrets{}, vmm.Limits{})
 	if err != nil {
 		return err
 	}

@@ -36,6 +36,8 @@ type record struct {
 	// Origin is the digest of the snapshot that its machine was raised from:
 	// pages that are not the machine's own have that one's content.
 	Origin string `json:"origin,omitempty"`
+	// Net is what it may reach, less the secrets; see secretsFile.
+	Net *Net `json:"net,omitempty"`
 	// Owner is the process whose end is this sandbox's; zero for none.
 	Owner process `json:"owner,omitzero"`
 }

@@ -96,6 +96,11 @@ func (m *Manager) adopt(ctx context.Context, r record, machines []process) error
 	m.Logger.InfoContext(ctx, "sandbox adopted", "sandbox", r.ID, "state", r.State, "pid", r.PID)
 	m.Events.adopted(r.Info)
 	b := newBox(m, vm, r)
+	if vm != nil {
+		if err := b.reconnect(vm); err != nil {
+			m.Logger.WarnContext(ctx, "adopted sandbox has no network", "sandbox", r.ID, "error", err)
+		}
+	}
 	m.mu.Lock()
 	m.held++
 	m.boxes[b.id] = b

@@ -35,7 +35,11 @@ type Info struct {
 	Labels         map[string]string `json:"labels,omitempty"`
 	ForkMS         float64           `json:"fork_ms"` // from the request to a confirmed, unique guest
 	FromPool       bool              `json:"from_pool"`
-	MemoryLimitMiB int               `json:"memory_limit_mib,omitempty"`
+	// MemoryLimitMiB is what was asked for; Limits are in force.
+	MemoryLimitMiB int        `json:"memory_limit_mib,omitempty"`
+	Limits         vmm.Limits `json:"limits,omitzero"`
+	// OutOfMemory: it is dead because it went over its memory limit.
+	OutOfMemory bool `json:"out_of_memory,omitempty"`
 	// Head is the digest of the node that it is after in the tree: its last
 	// branch, or what it was forked from or rolled back to.
 	Head string `json:"head,omitempty"`
@@ -49,12 +53,13 @@ type ForkRequest struct {
 	N        int    // 1 to Limits.MaxFork
 	// AllOrNothing ends the siblings of a fork that failed, also those that
 	// Each has been told of.
-	AllOrNothing   bool
-	IdleTTL        time.Duration // removed when unused for so long; zero: never
-	IdleSuspend    bool          // suspended then, not removed
-	Lifetime       time.Duration // removed when so old; zero: never
-	Labels         map[string]string
-	MemoryLimitMiB int
+	AllOrNothing bool
+	IdleTTL      time.Duration // removed when unused for so long; zero: never
+	IdleSuspend  bool          // suspended then, not removed
+	Lifetime     time.Duration // removed when so old; zero: never
+	Labels       map[string]string
+	Limits       vmm.Limits // zero fields: the usual
+	Net          *Net       // of forks of a snapshot with a network card; nil: nothing can be reached
 	// Secrets are files under /run/tine/secrets of the sandbox. Its own forks do
 	// not inherit them, unless KeepSecrets says so for theirs.
 	Secrets     map[string]string
@@ -81,6 +86,7 @@ type SnapshotRequest struct {
 	Warmup  []string    // after the image's own; each is run by sh -c
 	Imports []string    // modules that the warm interpreters load
 	Replace bool        // move the tag if it exists
+	Net     *Net        // what the warm-up may reach, if the machine has a network card
 }
 
 // Mode is how the memory of a branch is taken.

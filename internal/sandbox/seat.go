@@ -40,7 +40,7 @@ func (b *box) reseat(ctx context.Context, o *origin, head string) error {
 	if err != nil {
 		return err
 	}
-	vm, err := b.m.raise(ctx, o, b.id, seat)
+	vm, err := b.m.raise(ctx, o, b.id, seat, b.info().Limits)
 	if err != nil {
 		return err
 	}
@@ -53,6 +53,11 @@ func (b *box) reseat(ctx context.Context, o *origin, head string) error {
 		return errors.Join(err, c.Close(), b.m.discard(vm))
 	}
 	b.glance()
+	// Its network comes last, so that what the old machine had open is cut only
+	// when there is no way back. A sandbox without is of use all the same.
+	if err = b.connect(vm); err != nil {
+		b.m.Logger.WarnContext(ctx, "sandbox has no network", "sandbox", b.id, "error", err)
+	}
 	return b.m.discard(old)
 }
 

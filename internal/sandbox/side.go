@@ -11,6 +11,7 @@ import (
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/undo"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // side is one of the two that Diff compares.
@@ -66,7 +67,7 @@ func (s *side) ofSnapshot(ctx context.Context, m *Manager, ref string) error {
 		return err
 	}
 	defer leave()
-	if s.box, err = m.bring(ctx, o, secrets{}); err != nil {
+	if s.box, err = m.bring(ctx, o, secrets{}, vmm.Limits{}); err != nil {
 		return err
 	}
 	s.u.Add(func() error { return s.box.order(context.WithoutCancel(ctx), end) })

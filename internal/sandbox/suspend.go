@@ -107,6 +107,7 @@ func (b *box) suspend(ctx context.Context) (err error) {
 		return errors.Join(cause(vm, err), runOn(ctx, vm))
 	}
 	b.m.Logger.InfoContext(ctx, "sandbox suspended", "sandbox", b.id)
+	b.disconnect()
 	b.m.Events.Add(WasSuspended, b.id, EventData{})
 	return b.m.discard(vm)
 }

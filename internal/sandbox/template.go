@@ -93,6 +93,7 @@ type template struct {
 	shape     vmm.Machine
 	vm        vmm.VM
 	client    *guest.Client
+	outlet    *outlet
 	languages []string
 	facts     snapshot.Facts
 }
@@ -125,7 +126,8 @@ func (t *template) check() error {
 		err := fmt.Errorf("%w: engine %s has no machines with a network card", errdef.ErrUnsupported, t.m.Engine.Name())
 		return errdef.WithHint(err, "make it without --net, or run the daemon with another --engine")
 	}
-	return nil
+	_, err := t.m.checkNet(t.req.Net, t.shape)
+	return err
 }
 
 func (t *template) warmup() []string {
@@ -177,6 +179,7 @@ func (t *template) kill() error {
 	if t.vm == nil {
 		return nil
 	}
+	t.outlet.close()
 	err := t.m.kill(t.vm)
 	if err == nil {
 		t.vm = nil
@@ -200,6 +203,7 @@ func (t *template) boot(ctx context.Context, id string) error {
 		Memory: t.stage.MemoryPath(),
 	}
 	spec.DieWithParent = true
+	spec.Limits = t.m.limits(vmm.Limits{}, t.shape)
 	if t.shape.DiskMiB > 0 {
 		spec.Disk = t.stage.DiskPath()
 		if err = image.FormatDisk(ctx, spec.Disk, int64(t.shape.DiskMiB)<<20); err != nil {
@@ -211,6 +215,9 @@ func (t *template) boot(ctx context.Context, id string) error {
 		return err
 	}
 	t.vm = vm
+	if t.outlet, err = t.m.newOutlet(id, vm, t.shape, t.req.Net); err != nil {
+		return err
+	}
 	first := guest.NewIdentity("tine", id)
 	if t.client, err = introduce(ctx, vm, first); err != nil {
 		return t.explain(ctx, err)

@@ -27,6 +27,7 @@ import (
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // Status says what has become of a workspace's sandbox.
@@ -236,7 +237,7 @@ func (s *Store) vacate(ctx context.Context, name string) error {
 // populate forks the sandbox of a workspace that has its record.
 func (s *Store) populate(ctx context.Context, r *record) (sandbox.Info, error) {
 	results, err := s.boxes.Fork(ctx, sandbox.ForkRequest{
-		Snapshot: r.Snapshot, N: 1, AllOrNothing: true, MemoryLimitMiB: r.MemoryLimitMiB,
+		Snapshot: r.Snapshot, N: 1, AllOrNothing: true, Limits: vmm.Limits{MemoryMiB: r.MemoryLimitMiB},
 		Labels: map[string]string{Label: r.Claim},
 	})
 	if err == nil && len(results) == 1 {

@@ -49,7 +49,7 @@ func (b *boxes) Fork(_ context.Context, req sandbox.ForkRequest) ([]sandbox.Fork
 	if err := b.at("fork"); err != nil {
 		return nil, err
 	}
-	info := sandbox.Info{ID: fmt.Sprintf("sb-%d", len(b.List())+1), SnapshotTag: req.Snapshot, State: sandbox.Running, Labels: req.Labels, MemoryLimitMiB: req.MemoryLimitMiB}
+	info := sandbox.Info{ID: fmt.Sprintf("sb-%d", len(b.List())+1), SnapshotTag: req.Snapshot, State: sandbox.Running, Labels: req.Labels, MemoryLimitMiB: req.Limits.MemoryMiB}
 	err := b.save(info)
 	return []sandbox.ForkResult{{Sandbox: info}}, errors.Join(err, b.at("forked"))
 }

@@ -188,7 +188,7 @@ func (b *Backend) fork(ctx context.Context, snap snapshot.Snapshot, req sandbox.
 		ID: id, SnapshotTag: snap.Tag, SnapshotDigest: snap.Digest, State: sandbox.Running, Engine: "fake",
 		Machine: snap.Manifest.Machine, PID: 1000 + b.seq, CreatedAt: time.Now(), LastActive: time.Now(), IdleTTL: req.IdleTTL,
 		IdleSuspend: req.IdleSuspend, Head: snap.Digest,
-		Labels: req.Labels, ForkMS: 1.5, FromPool: !req.NoPool && b.pools[snap.Tag] > 0, MemoryLimitMiB: req.MemoryLimitMiB,
+		Labels: req.Labels, ForkMS: 1.5, FromPool: !req.NoPool && b.pools[snap.Tag] > 0, MemoryLimitMiB: req.Limits.MemoryMiB,
 	}
 	if req.Lifetime > 0 {
 		info.ExpiresAt = info.CreatedAt.Add(req.Lifetime)

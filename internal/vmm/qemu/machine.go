@@ -55,7 +55,8 @@ func (c *child) jailed() bool         { return false }
 
 // adopted is a QEMU that an earlier process started.
 type adopted struct {
-	p *linux.Process
+	p       *linux.Process
+	release func() // called when it has ended
 
 	mu   sync.Mutex // no signal is sent through a descriptor that is closed
 	over bool
@@ -66,6 +67,7 @@ var errUnwatched = errors.New("it was started by an earlier daemon, so its exit 
 
 func (a *adopted) wait() error {
 	err := a.p.Wait(context.Background())
+	a.release()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.over = true

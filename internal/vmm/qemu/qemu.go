@@ -223,7 +223,11 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine in %s: %w", h.Dir, err)
 	}
-	return newVM(h, &adopted{p: process}, nil, e.group(h.Group), e.log), nil
+	release := func() {}
+	if e.jail != nil && len(h.Link) > 0 {
+		release = e.jail.Adopt()
+	}
+	return newVM(h, &adopted{p: process, release: release}, nil, e.group(h.Group), e.log), nil
 }
 
 // cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
