@@ -84,9 +84,9 @@ var mayImport = map[string][]string{
 	"cmd/tine":       {"internal/assemble", "internal/cli", "internal/forkd", "internal/guestmem", "internal/jail"},
 	"cmd/tine-agent": {"internal/agent"},
 	"internal/assemble": {
-		"client", "internal/audit", "internal/auth", "internal/bench", "internal/cli", "internal/daemon", "internal/demo",
-		"internal/doctor", "internal/engines", "internal/errdef", "internal/image", "internal/sandbox", "internal/undo",
-		"internal/wire",
+		"client", "internal/audit", "internal/auth", "internal/bench", "internal/cgroup", "internal/cli", "internal/daemon",
+		"internal/demo", "internal/doctor", "internal/egress", "internal/engines", "internal/errdef", "internal/image",
+		"internal/jail", "internal/network", "internal/sandbox", "internal/undo", "internal/wire",
 	},
 	"internal/bench": {
 		"internal/attest", "internal/daemon", "internal/deterministic", "internal/errdef", "internal/guest", "internal/guestmem",
@@ -103,7 +103,7 @@ var mayImport = map[string][]string{
 		"internal/daemon", "internal/errdef", "internal/guest", "internal/image", "internal/progress",
 		"internal/sandbox", "internal/snapshot",
 	},
-	"internal/doctor": {"internal/engines", "internal/errdef", "internal/image", "internal/linux"},
+	"internal/doctor": {"internal/engines", "internal/errdef", "internal/image", "internal/linux", "internal/vmm"},
 	"internal/engines": {
 		"internal/durable", "internal/errdef", "internal/jail", "internal/linux", "internal/vmm", "internal/vmm/qemu",
 	},

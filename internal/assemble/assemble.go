@@ -57,6 +57,9 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (
 	if o.StateDir, err = daemon.MakeStateDir(o.StateDir); err != nil {
 		return nil, nil, err
 	}
+	if cfg.Net, err = netConfig(o.Isolation); err != nil {
+		return nil, nil, err
+	}
 	if cfg.Engine, err = engines.Choose(ctx, engineConfig(o)); err != nil {
 		return nil, nil, err
 	}
@@ -64,12 +67,12 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (
 	cfg.Doctor = func(ctx context.Context) []wire.DoctorCheck { return examine(ctx, o) }
 	d, err := daemon.Open(ctx, cfg)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, errors.Join(err, cfg.Engine.Close())
 	}
 	end := func() error {
 		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTime)
 		defer cancel()
-		return d.Close(late)
+		return errors.Join(d.Close(late), cfg.Engine.Close())
 	}
 	return d, end, nil
 }
@@ -174,7 +177,10 @@ func (p Parts) doctor(ctx context.Context, o cli.HostOptions) ([]client.Check, e
 // engineConfig says how to look for engines: with a kernel to try, once an
 // image has brought one.
 func engineConfig(o cli.HostOptions) engines.Config {
-	cfg := engines.Config{Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log, false, "")}
+	cfg := engines.Config{
+		Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log, false, ""),
+		Jail: jailConfig(o), RequireJail: o.Isolation.RequireJail,
+	}
 	store, err := image.Open(image.Config{Dir: filepath.Join(o.StateDir, "images")})
 	if err != nil {
 		return cfg // whoever needs the store will say what is wrong with it

@@ -53,6 +53,10 @@ files does too.`,
 	f.StringVar(&opts.Listen, "listen", "127.0.0.1:8889", "TCP address to answer on, or none if empty")
 	f.StringArrayVar(&pools, "pool", nil, "keep warm forks parked: `TAG=N`; may be repeated")
 	f.IntVar(&opts.MaxSandboxes, "max-sandboxes", 0, "refuse more sandboxes than `N`, parked ones included (default 1024)")
+	isolation := &a.flags.isolation
+	f.StringArrayVar(&isolation.NetPrivate, "net-private", nil, "let sandboxes be given rules for the private network `CIDR`; may be repeated (default none)")
+	f.StringArrayVar(&isolation.NetResolvers, "net-resolver", nil, "name server `ADDRESS[:PORT]` for sandboxes; may be repeated (default the host's)")
+	f.IntVar(&isolation.MaxNetworks, "max-networks", 0, "refuse more than `N` sandboxes with a network card (default 4096)")
 	f.IntVar(&opts.Branches, "branch-concurrency", 0, "take or write at most `N` branches at once (default 4)")
 	f.IntVar(&opts.KeepBranches, "keep-branches", 0, "keep the last `N` branches without a name of each sandbox (default all)")
 	f.DurationVar(&opts.DrainTime, "drain-time", 10*time.Second, "when stopped, let requests go on for so long")

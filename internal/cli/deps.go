@@ -33,8 +33,21 @@ type HostOptions struct {
 	StateDir string
 	// Engine is "auto" or an engine's name.
 	Engine string
+	// Isolation says how sandboxes are kept from the host and the network.
+	Isolation IsolationOptions
 	// Log receives log lines; nil discards them.
 	Log io.Writer
+}
+
+// IsolationOptions say how sandboxes are kept from the host and the network.
+type IsolationOptions struct {
+	// RequireJail refuses to run with less than a whole jail.
+	RequireJail bool
+	// NetPrivate are the private networks that callers may open to sandboxes, and
+	// NetResolvers the name servers; none means the host's.
+	NetPrivate, NetResolvers []string
+	// MaxNetworks is how many sandboxes may have a network; 0 is the default.
+	MaxNetworks int
 }
 
 // ServeOptions say how to run the daemon.
@@ -152,5 +165,5 @@ func missing(what string) error {
 }
 
 func (a *app) hostOptions() HostOptions {
-	return HostOptions{StateDir: a.stateDir(), Engine: a.flags.engine}
+	return HostOptions{StateDir: a.stateDir(), Engine: a.flags.engine, Isolation: a.flags.isolation}
 }

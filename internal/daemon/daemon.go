@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -54,6 +55,8 @@ type Config struct {
 	Ephemeral bool
 	// Limits bound what callers can ask for; zero fields mean the defaults.
 	Limits sandbox.Limits
+	// Net bounds what sandboxes may reach.
+	Net sandbox.NetConfig
 	// ForgeSnapshot is what Forge's gateway forks from; "" lets it choose.
 	ForgeSnapshot string
 	// Version is what GET /version answers.
@@ -137,7 +140,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	}
 	d.Sandboxes, err = sandbox.NewManager(ctx, sandbox.Config{
 		Dir: d.path("sandboxes"), Engine: cfg.Engine, Snapshots: d.Snapshots, Images: d.Images,
-		KeepBranches: cfg.KeepBranches, Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Events: d.events, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits,
+		KeepBranches: cfg.KeepBranches, Freezer: guestmem.Freezer{Command: cfg.Twin}, Logger: d.log, Events: d.events, Ephemeral: cfg.Ephemeral, Limits: cfg.Limits, Net: cfg.Net,
 	})
 	if err != nil {
 		return nil, err
@@ -148,6 +151,12 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 		return nil, err
 	}
 	u.Add(d.closeAttestor)
+	if !cfg.Ephemeral {
+		// What machines left that ended while nobody looked.
+		if err = cfg.Engine.Sweep(ctx, d.inUse); err != nil {
+			d.log.WarnContext(ctx, "leftovers of machines not removed", "error", err)
+		}
+	}
 	face := api.Config{
 		Sandboxes: boxes, Auth: d.guard, ShareSandboxes: cfg.ShareSandboxes, Snapshots: d.Snapshots, Images: d.Images, Attestor: d.attestor,
 		Audit: d.witness.auditLog(), AuditReads: cfg.Audit.Reads,
@@ -187,6 +196,17 @@ func MakeStateDir(path string) (string, error) {
 }
 
 func (d *Daemon) path(name string) string { return filepath.Join(d.cfg.StateDir, name) }
+
+// inUse reports whether a machine of that name may run, or be about to: it has a
+// directory before it has anything else.
+func (d *Daemon) inUse(id string) bool {
+	for _, dir := range []string{"sandboxes", "runs"} {
+		if _, err := os.Lstat(filepath.Join(d.path(dir), id)); !errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
+	}
+	return false
+}
 
 func lock(stateDir string) (*os.File, error) {
 	f, err := durable.TryLock(filepath.Join(stateDir, "daemon.lock"), false)

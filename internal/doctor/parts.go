@@ -8,10 +8,12 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"strings"
 	"syscall"
 
 	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // engines reports the engine that a daemon would use, and then each one.
@@ -21,6 +23,12 @@ func (x *examiner) engines(ctx context.Context) []Check {
 	}
 	reports := x.cfg.Engines(ctx)
 	checks := []Check{chosen(x.cfg.Engine, reports)}
+	for _, r := range reports {
+		if r.Usable && (x.cfg.Engine == engines.Auto || x.cfg.Engine == r.Name) {
+			checks = append(checks, jailCheck(r.Caps), limitsCheck(r.Caps), networkCheck(r.Caps))
+			break
+		}
+	}
 	for _, r := range reports {
 		checks = append(checks, engineCheck(r))
 	}
@@ -46,6 +54,49 @@ func chosen(name string, reports []engines.Report) Check {
 		hint = "use --engine " + engines.Auto
 	}
 	return Check{Status: Fail, Detail: name + " cannot be used", Hint: hint}
+}
+
+// jailCheck says what a machine's monitor is kept in. A host that lacks something
+// works; what it lacks is said, and what to do about it.
+func jailCheck(c vmm.Caps) Check {
+	check := Check{Name: "jail", Status: OK, Detail: "a user, namespaces, a root, a system call filter and Landlock for each machine"}
+	switch {
+	case !c.Jail:
+		check.Status, check.Detail = Warn, "none: "+strings.Join(c.JailLacks, "; ")
+		check.Hint = "run as root, or allow unprivileged user namespaces: sysctl user.max_user_namespaces"
+	case len(c.JailLacks) > 0:
+		check.Status, check.Detail = Warn, "in force, but it lacks "+strings.Join(c.JailLacks, "; ")
+		check.Hint = "docs/isolation.md says what a host must have; --require-jail refuses to start with less"
+	}
+	return check
+}
+
+// limitsCheck says which limits on machines this host enforces.
+func limitsCheck(c vmm.Caps) Check {
+	var has, lacks []string
+	for _, l := range []struct {
+		name string
+		can  bool
+	}{{"memory", c.Limits.Memory}, {"processors", c.Limits.CPU}, {"processes", c.Limits.PIDs}, {"disk bandwidth", c.Limits.IO}} {
+		if l.can {
+			has = append(has, l.name)
+		} else {
+			lacks = append(lacks, l.name)
+		}
+	}
+	check := Check{Name: "limits", Status: OK, Detail: "on " + strings.Join(has, ", ")}
+	if len(lacks) > 0 {
+		check.Status, check.Detail = Warn, "none on "+strings.Join(lacks, ", ")
+		check.Hint = "they need control groups: run as root, or in a unit with Delegate=yes"
+	}
+	return check
+}
+
+func networkCheck(c vmm.Caps) Check {
+	if !c.Net {
+		return Check{Name: "network", Status: Warn, Detail: "machines can have no network card, as that needs the jail"}
+	}
+	return Check{Name: "network", Status: OK, Detail: "machines can have a network card, in a namespace of their own"}
 }
 
 func engineCheck(r engines.Report) Check {

@@ -58,8 +58,9 @@ type Report struct {
 	Reason string `json:"reason"`
 	// Hint is what to do about it.
 	Hint string `json:"hint,omitempty"`
-	// Version is the monitor's, when the engine is usable.
-	Version string `json:"version,omitempty"`
+	// Version is the monitor's, and Caps what it can do, when the engine is usable.
+	Version string   `json:"version,omitempty"`
+	Caps    vmm.Caps `json:"-"`
 	// Err is nil for a usable engine. It is errdef.ErrUnsupported when nothing
 	// on this host could make the engine usable.
 	Err error `json:"-"`
@@ -165,7 +166,8 @@ func (h *host) survey(ctx context.Context) []Report {
 		engine, why, err := c.open(ctx)
 		r := Report{Name: c.name, Usable: err == nil, Reason: why, Err: err}
 		if err == nil {
-			r.Version = engine.Version()
+			r.Version, r.Caps = engine.Version(), engine.Caps()
+			r.Err = engine.Close()
 		} else {
 			r.Reason, r.Hint = reason(err), errdef.Hint(err)
 		}

@@ -99,6 +99,10 @@ func (c *Cell) start(theirs *os.File) error {
 		attr.Cloneflags |= unix.CLONE_NEWUSER
 		attr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: uid, Size: 1}}
 		attr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: gid, Size: 1}}
+		// It has to become that user, or it has none in its namespace, and with it
+		// no capability. Only root may leave its groups on the way.
+		attr.Credential = &syscall.Credential{NoSetGroups: c.uid == nil}
+		attr.GidMappingsEnableSetgroups = c.uid != nil
 	}
 	c.cmd.SysProcAttr = attr
 	return c.cmd.Start()
@@ -120,6 +124,14 @@ func (c *Cell) setUp(ctx context.Context, link bool) error {
 		fds = append(fds, tree)
 	} else {
 		s.Tree = c.jail.tree
+	}
+	if link && c.jail.level.OwnUser {
+		tun, err := openTun(c.cmd.Process.Pid)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = tun.Close() }() // the launcher has its own
+		fds, s.Tun = append(fds, int(tun.Fd())), true
 	}
 	if err := sendMessage(int(c.socket.Fd()), s, fds...); err != nil {
 		return err

@@ -52,7 +52,7 @@ func prepare(s setup, fds []int) (made []int, err error) {
 		return nil, fmt.Errorf("name host: %w", err)
 	}
 	if s.Link {
-		if made, err = network.Setup(); err != nil {
+		if made, err = setUpNetwork(s, fds); err != nil {
 			return nil, fmt.Errorf("set up network: %w", err)
 		}
 	}
@@ -64,6 +64,16 @@ func prepare(s setup, fds []int) (made []int, err error) {
 		return nil, fmt.Errorf("enter root: %w", err)
 	}
 	return made, nil
+}
+
+func setUpNetwork(s setup, fds []int) ([]int, error) {
+	if !s.Tun {
+		return network.Setup(-1)
+	}
+	if len(fds) == 0 {
+		return nil, fmt.Errorf("%w: no tap device came along", errdef.ErrInvalid)
+	}
+	return network.Setup(fds[len(fds)-1])
 }
 
 // growTable makes the table of descriptors as large as it will have to be. In a

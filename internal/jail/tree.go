@@ -181,7 +181,7 @@ func enterTree(path string, fds []int) error {
 		}
 		defer func() { _ = unix.Close(fd) }()
 		tree = fd
-	} else if len(fds) == 1 {
+	} else if len(fds) > 0 {
 		tree = fds[0]
 	}
 	// Any directory will do: it is not there any more when this is done.

@@ -27,8 +27,10 @@ type setup struct {
 	// Tree is the path of the root that the program will see; empty: it comes
 	// as a mount that is ready to be put in place.
 	Tree string `json:"tree,omitempty"`
-	// Link asks for a network that leads to the daemon and nowhere else.
+	// Link asks for a network that leads to the daemon and nowhere else. With Tun
+	// the device to make its tap by comes along, last.
 	Link bool `json:"link,omitempty"`
+	Tun  bool `json:"tun,omitempty"`
 }
 
 // job is the program to become.

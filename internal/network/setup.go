@@ -49,11 +49,12 @@ const (
 
 // Setup makes the network in the namespace of this thread, in which there is
 // nothing yet. It returns the descriptors of the tap, of the two sockets that
-// hear the guest, and of one that speaks to it; the caller closes them. It needs
-// CAP_NET_ADMIN there, and returns errdef.ErrUnsupported on a kernel without
-// taps or nftables.
-func Setup() (fds []int, err error) {
-	tap, err := openTap()
+// hear the guest, and of one that speaks to it; the caller closes them. tun is
+// the device /dev/net/tun, opened in that namespace, or -1 if it is to be opened
+// here; the caller closes that too. Setup needs CAP_NET_ADMIN there, and returns
+// errdef.ErrUnsupported on a kernel without taps or nftables.
+func Setup(tun int) (fds []int, err error) {
+	tap, err := openTap(tun)
 	if err != nil {
 		return nil, fmt.Errorf("make tap: %w", err)
 	}
@@ -84,10 +85,17 @@ func Setup() (fds []int, err error) {
 
 // openTap makes the tap. Packets on it have a header of virtio's, as all cards
 // of machines have agreed on with their guests.
-func openTap() (int, error) {
-	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+func openTap(tun int) (fd int, err error) {
+	if tun >= 0 {
+		fd, err = unix.FcntlInt(uintptr(tun), unix.F_DUPFD_CLOEXEC, 0)
+	} else if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		err = errdef.WithHint(fmt.Errorf("%w: open /dev/net/tun: %w", errdef.ErrUnsupported, err), "modprobe tun")
+	}
 	if err != nil {
-		return -1, errdef.WithHint(fmt.Errorf("%w: open /dev/net/tun: %w", errdef.ErrUnsupported, err), "modprobe tun")
+		return -1, err
+	}
+	if err = unix.SetNonblock(fd, true); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
 	}
 	req, err := unix.NewIfreq(tapName)
 	if err == nil {

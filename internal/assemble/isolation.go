@@ -1,0 +1,68 @@
+package assemble
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"strings"
+
+	"github.com/tinevm/tine/internal/cgroup"
+	"github.com/tinevm/tine/internal/cli"
+	"github.com/tinevm/tine/internal/egress"
+	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/jail"
+	"github.com/tinevm/tine/internal/network"
+	"github.com/tinevm/tine/internal/sandbox"
+)
+
+// groupsName is that of the control group that all machines of a state directory
+// are in.
+func groupsName(stateDir string) string {
+	sum := sha256.Sum256([]byte(stateDir))
+	return "tine-" + hex.EncodeToString(sum[:4])
+}
+
+// spareLaunchers is how many launchers wait for machines: one forks a few
+// machines at a time, and each takes 4 ms to make.
+const spareLaunchers = 4
+
+// jailConfig is the jail of a daemon on this host.
+func jailConfig(o cli.HostOptions) *jail.Config {
+	groups, err := cgroup.Open(cgroup.Config{Name: groupsName(o.StateDir), Disk: o.StateDir})
+	return &jail.Config{
+		Command: LaunchRole(), Dir: filepath.Join(o.StateDir, "jail"), UIDs: jail.DefaultUIDs,
+		Groups: groups, NoGroups: err, Spare: spareLaunchers, Links: o.Isolation.MaxNetworks,
+	}
+}
+
+// netConfig is what sandboxes of a daemon on this host may reach at most.
+func netConfig(o cli.IsolationOptions) (sandbox.NetConfig, error) {
+	cfg := sandbox.NetConfig{Bounds: egress.Bounds{Local: network.Local()}}
+	for _, text := range o.NetPrivate {
+		prefix, err := netip.ParsePrefix(text)
+		if err != nil {
+			return cfg, errdef.WithHint(fmt.Errorf("%w: --net-private %s: %w", errdef.ErrInvalid, text, err), "for example --net-private 10.1.0.0/16")
+		}
+		cfg.Bounds.Private = append(cfg.Bounds.Private, prefix.Masked())
+	}
+	if err := cfg.Bounds.Validate(); err != nil {
+		return cfg, err
+	}
+	for _, text := range o.NetResolvers {
+		if !strings.Contains(text, ":") {
+			text = net.JoinHostPort(text, "53")
+		}
+		if _, err := netip.ParseAddrPort(text); err != nil {
+			return cfg, errdef.WithHint(fmt.Errorf("%w: --net-resolver %s: %w", errdef.ErrInvalid, text, err), "for example --net-resolver 9.9.9.9")
+		}
+		cfg.Upstream = append(cfg.Upstream, text)
+	}
+	if len(cfg.Upstream) == 0 {
+		// Without any no name resolves, which is no reason not to start.
+		cfg.Upstream, _ = network.Resolvers("/etc/resolv.conf")
+	}
+	return cfg, nil
+}
