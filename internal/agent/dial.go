@@ -110,7 +110,11 @@ func take(ctx context.Context, st *guestproto.Stream, conn *os.File) {
 			_, _ = control(conn, func(fd int) (int, error) { return 0, unix.Shutdown(fd, unix.SHUT_WR) }) // it may be broken
 			return
 		}
-		if err != nil || c.Channel != guestproto.ChanStdin {
+		if err != nil {
+			return
+		}
+		if c.Channel != guestproto.ChanStdin {
+			st.Reset(errdef.Code(errdef.ErrInvalid), fmt.Sprintf("bytes on channel %d of a connection", c.Channel))
 			return
 		}
 		if _, err = conn.Write(c.Data); err != nil {
