@@ -20,6 +20,7 @@ import (
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/metrics"
+	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/wire"
@@ -84,6 +85,10 @@ type Config struct {
 	// Load says how busy the sandboxes' manager is, for GET /metrics; nil: it is
 	// not known.
 	Load func() sandbox.Load
+	// Ports are the sandboxes' ports that are published on this host. They belong
+	// to the caller, who has Observe end those of sandboxes that are gone. Nil:
+	// none can be.
+	Ports *publish.Ports
 	// StateDir is a path that errors do not tell over the network.
 	StateDir string
 }
@@ -179,6 +184,7 @@ func New(cfg Config) http.Handler {
 	s.remember()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", s.stream)
+	mux.HandleFunc(tunnelPattern, s.tunnel)
 	mux.HandleFunc(runPattern, s.createRun)
 	mux.HandleFunc(verifyPattern, s.verify)
 	forge.Mount(mux, forge.Config{

@@ -213,7 +213,7 @@ func (h *hashed) digest() string {
 
 // isFile reports whether a route's body is a file, which no memory holds.
 func isFile(pattern string) bool {
-	return pattern == "PUT /v1/sandboxes/{id}/files" || pattern == forge.UploadPattern
+	return pattern == "PUT /v1/sandboxes/{id}/files" || pattern == forge.UploadPattern || pattern == proxyPattern
 }
 
 // isAct reports whether a route changes something, or shows or runs what is in
@@ -222,7 +222,7 @@ func isAct(pattern string) bool {
 	switch pattern {
 	case "POST /v1/sandboxes/{id}/ping":
 		return false
-	case "GET /v1/sandboxes/{id}/files", "GET /v1/sandboxes/{id}/exec/stream", "GET /v1/sandbox/{id}/download", bundlePattern:
+	case "GET /v1/sandboxes/{id}/files", "GET /v1/sandboxes/{id}/exec/stream", "GET /v1/sandbox/{id}/download", bundlePattern, tunnelPattern:
 		return true
 	}
 	return !strings.HasPrefix(pattern, "GET ") && !strings.HasPrefix(pattern, "HEAD ")
@@ -240,6 +240,14 @@ func actionOf(pattern string) string {
 		return "sandbox.file.write"
 	case "DELETE /v1/sandboxes/{id}/files":
 		return "sandbox.file.delete"
+	case proxyPattern:
+		return "sandbox.port.ask"
+	case tunnelPattern:
+		return "sandbox.port.connect"
+	case "POST /v1/sandboxes/{id}/ports":
+		return "sandbox.port.publish"
+	case "DELETE /v1/sandboxes/{id}/ports/{port}":
+		return "sandbox.port.unpublish"
 	case runPattern:
 		return "run.create"
 	case verifyPattern:

@@ -398,10 +398,13 @@ func TestDialPortOfAnOldAgent(t *testing.T) {
 func TestDialPortOfAHostileGuest(t *testing.T) {
 	t.Parallel()
 	for name, run := range map[string]func(*script){
-		"bytes first":   func(g *script) { g.send(guestproto.TypeData, 1, []byte{2, 'x'}) },
-		"end first":     func(g *script) { g.send(guestproto.TypeEnd, 1, []byte{0}) },
-		"bare end":      func(g *script) { g.send(guestproto.TypeData, 1, []byte{0}); g.send(guestproto.TypeEnd, 1) },
-		"wrong channel": func(g *script) { g.send(guestproto.TypeData, 1, []byte{0}); g.send(guestproto.TypeData, 1, []byte{3, 'x'}) },
+		"bytes first": func(g *script) { g.send(guestproto.TypeData, 1, []byte{2, 'x'}) },
+		"end first":   func(g *script) { g.send(guestproto.TypeEnd, 1, []byte{0}) },
+		"bare end":    func(g *script) { g.send(guestproto.TypeData, 1, []byte{0}); g.send(guestproto.TypeEnd, 1) },
+		"wrong channel": func(g *script) {
+			g.send(guestproto.TypeData, 1, []byte{0})
+			g.send(guestproto.TypeData, 1, []byte{3, 'x'})
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

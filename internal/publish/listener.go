@@ -18,10 +18,7 @@ import (
 const (
 	// host is the one address that there are listeners on: whoever is on this
 	// host can connect to it, and nobody else.
-	host = "127.0.0.1"
-	// minPort is the lowest port that can be asked for: those below are for the
-	// services of a host.
-	minPort = 1024
+	host    = "127.0.0.1"
 	maxPort = 1<<16 - 1
 	// pause is how long a listener waits after it could not accept.
 	pause = 100 * time.Millisecond
@@ -49,8 +46,8 @@ type Listener struct {
 // Listen begins to listen on a port, or on a free one if hostPort is 0. Whoever
 // comes when most connections are open is sent away. The caller must Close it.
 func Listen(ctx context.Context, hostPort, most int, connect Connect, logger *slog.Logger) (*Listener, error) {
-	if hostPort != 0 && (hostPort < minPort || hostPort > maxPort) {
-		return nil, fmt.Errorf("%w: host port %d is neither 0 nor %d to %d", errdef.ErrInvalid, hostPort, minPort, maxPort)
+	if hostPort < 0 || hostPort > maxPort {
+		return nil, fmt.Errorf("%w: host port %d is none of 0 to %d", errdef.ErrInvalid, hostPort, maxPort)
 	}
 	var config net.ListenConfig
 	ln, err := config.Listen(ctx, "tcp4", net.JoinHostPort(host, strconv.Itoa(hostPort)))
@@ -61,7 +58,7 @@ func Listen(ctx context.Context, hostPort, most int, connect Connect, logger *sl
 	if l.logger == nil {
 		l.logger = slog.New(slog.DiscardHandler)
 	}
-	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	l.ctx, l.cancel = context.WithCancel(context.Background()) // it outlives who asked for it
 	l.work.Go(l.accept)
 	return l, nil
 }

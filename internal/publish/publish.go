@@ -27,6 +27,10 @@ const (
 	MaxConns = 64
 )
 
+// minPort is the lowest port of this host that can be asked for: those below are
+// for its own services, and a daemon that runs as root could take them.
+const minPort = 1024
+
 // Publication is a guest's port and where on this host it is.
 type Publication struct {
 	GuestPort int
@@ -56,11 +60,14 @@ func New(logger *slog.Logger) *Ports {
 	return &Ports{logger: logger, open: map[key]*Listener{}}
 }
 
-// Publish listens on a port of this host, or on a free one if hostPort is 0, for
-// a port of a guest. Each guest port of an owner has one publication.
+// Publish listens on a port of this host, from 1024 on, or on a free one if
+// hostPort is 0, for a port of a guest. Each guest port of an owner has one publication.
 func (p *Ports) Publish(ctx context.Context, owner string, guestPort, hostPort int, connect Connect) (Publication, error) {
 	if guestPort < 1 || guestPort > maxPort {
 		return Publication{}, fmt.Errorf("%w: guest port %d is none of 1 to %d", errdef.ErrInvalid, guestPort, maxPort)
+	}
+	if hostPort != 0 && (hostPort < minPort || hostPort > maxPort) {
+		return Publication{}, fmt.Errorf("%w: host port %d is neither 0 nor %d to %d", errdef.ErrInvalid, hostPort, minPort, maxPort)
 	}
 	k := key{owner, guestPort}
 	p.mu.Lock()
