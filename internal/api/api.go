@@ -32,7 +32,8 @@ const (
 	defaultMaxBody = 2 << 20
 	// defaultBodyTime bounds the time that a client takes to send one.
 	defaultBodyTime = 30 * time.Second
-	// defaultMaxStreams bounds how many exec streams are open.
+	// defaultMaxStreams bounds how many exec streams, tunnels and proxied requests
+	// are open.
 	defaultMaxStreams = 1024
 	// defaultMaxOutput bounds what a buffered command may write.
 	defaultMaxOutput = 16 << 20
@@ -74,7 +75,7 @@ type Config struct {
 	MaxOutput, MaxFile int64
 	// MaxBody bounds a JSON body, BodyTime how long a client may take to send
 	// one, and how long it may pause in a file; MaxStreams is how many exec
-	// streams may be open. Zero means 2 MiB, 30 s and 1024.
+	// streams, tunnels and proxied requests may be open. Zero means 2 MiB, 30 s and 1024.
 	MaxBody    int64
 	BodyTime   time.Duration
 	MaxStreams int
