@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/coder/websocket"
@@ -180,6 +181,63 @@ func TestProxyWithoutAuth(t *testing.T) {
 	a := ask(t, "GET", ofPort(base, port)+"/", "", func(r *http.Request) { r.Header.Set("Authorization", "Bearer secret") })
 	if a.status != http.StatusOK || a.body != "" {
 		t.Errorf("%d, the guest was sent %q", a.status, a.body)
+	}
+}
+
+// TestProxySigned: a guest never has all of a body that is not what was signed.
+func TestProxySigned(t *testing.T) {
+	t.Parallel()
+	g := newGuarded(t, auth.Config{})
+	a := g.do(t, "", "POST", "/v1/sandboxes", `{"snapshot_tag":"py"}`, g.sign("nonce-nonce-0000", `{"snapshot_tag":"py"}`))
+	g.expect(t, a, 201, "")
+	whole := make(chan string, 10)
+	path := fmt.Sprintf("/v1/sandboxes/%s/ports/%d/", decode[[]wire.Sandbox](t, a.body)[0].ID, inGuest(t, func(_ http.ResponseWriter, r *http.Request) {
+		if body, err := io.ReadAll(r.Body); err == nil {
+			whole <- string(body)
+		}
+	}))
+	long := strings.Repeat("a long body", 10_000)
+	for i, try := range []struct {
+		signed, sent string
+		status       int
+	}{
+		{"", "", 200}, {"what was meant", "what was meant", 200}, {long, long, 200}, {"x", "x", 200},
+		{"what was meant", "what is sent", 401}, {"what was meant", "", 401}, {"", "x", 401}, {long, long + "x", 401},
+	} {
+		a := g.do(t, "", "POST", path, try.sent, g.sign(fmt.Sprintf("nonce-nonce-%04d", i+1), try.signed))
+		if a.status != try.status {
+			t.Errorf("%d: %d %s, want %d", i, a.status, a.body, try.status)
+		}
+		if a.status == http.StatusOK {
+			if got := <-whole; got != try.sent {
+				t.Errorf("%d: the guest has %d bytes", i, len(got))
+			}
+		}
+	}
+	select {
+	case body := <-whole:
+		t.Errorf("the guest has been sent %.20q", body)
+	default:
+	}
+}
+
+// TestWithheld: what is withheld comes in the end, unless the body fails.
+func TestWithheld(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{"", "x", "xy", "a longer text than those before"} {
+		for name, r := range map[string]io.Reader{
+			"plain": strings.NewReader(text), "bytes": iotest.OneByteReader(strings.NewReader(text)),
+			"with the end": iotest.DataErrReader(strings.NewReader(text)), "halves": iotest.HalfReader(strings.NewReader(text)),
+		} {
+			if err := iotest.TestReader(api.Withheld(r), []byte(text)); err != nil {
+				t.Errorf("%s of %q: %v", name, text, err)
+			}
+		}
+		fails := errors.New("fails")
+		got, err := io.ReadAll(api.Withheld(io.MultiReader(strings.NewReader(text), iotest.ErrReader(fails))))
+		if !errors.Is(err, fails) || string(got) != text[:max(len(text)-1, 0)] {
+			t.Errorf("of %q, which fails: %q, %v", text, got, err)
+		}
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 )
@@ -86,6 +87,12 @@ func (s *server) forward(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	if r.ContentLength == 0 { // the proxy would not look at it, and a signature covers that, too
+		if _, err = io.Copy(io.Discard, r.Body); err != nil {
+			return bodyError(err)
+		}
+	}
+	r.Body = &withheld{ReadCloser: r.Body}
 	leave, err := s.enterStream()
 	if err != nil {
 		return err
@@ -147,12 +154,68 @@ func (t target) failed(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	_, tooLarge := errors.AsType[*http.MaxBytesError](err)
-	if _, ours := errors.AsType[*refusal](err); ours || tooLarge {
-		return err // of reading the request's body
+	if ofBody(err) {
+		return err
 	}
 	err = fmt.Errorf("%w: answer of port %d in the sandbox: %w", errdef.ErrUnavailable, t.port, err)
 	return withStatus(errdef.WithHint(err, "what listens there has to speak HTTP/1.1; tine port forwards anything"), http.StatusBadGateway)
+}
+
+// ofBody reports whether an error is of reading the request's body: it is too
+// large, too slow, or not what was signed.
+func ofBody(err error) bool {
+	_, large := errors.AsType[*http.MaxBytesError](err)
+	_, slow := errors.AsType[*refusal](err)
+	_, unsigned := errors.AsType[*auth.Unauthenticated](err)
+	return large || slow || unsigned
+}
+
+// withheld is a body whose last byte is not there before its end was read. So a
+// guest never has all of a body that turns out, at its end, not to be the one
+// that was signed.
+type withheld struct {
+	io.ReadCloser
+	last byte
+	has  bool // last is one
+	over bool // and nothing comes after it
+}
+
+// Read returns all but the last byte, and that with the end.
+func (b *withheld) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	for !b.over {
+		n, err := b.ReadCloser.Read(p)
+		n = b.swap(p[:n])
+		if b.over = errors.Is(err, io.EOF); !b.over && (n > 0 || err != nil) {
+			return n, err
+		}
+		if b.over && n > 0 {
+			return n, nil
+		}
+	}
+	if !b.has {
+		return 0, io.EOF
+	}
+	p[0], b.has = b.last, false
+	return 1, io.EOF
+}
+
+// swap puts the byte that was withheld before those that were read, withholds
+// the last of these, and returns how many there are then.
+func (b *withheld) swap(p []byte) int {
+	if len(p) == 0 {
+		return 0
+	}
+	last := p[len(p)-1]
+	copy(p[1:], p[:len(p)-1])
+	p[0], b.last = b.last, last
+	if b.has {
+		return len(p)
+	}
+	b.has = true
+	return copy(p, p[1:])
 }
 
 // rewrite makes the request that the guest sees. The proxy has dropped headers
