@@ -59,7 +59,7 @@ func (c *Client) DialPort(ctx context.Context, id string, port int) (net.Conn, e
 		conn: conn, addr: portAddr(id + ":" + itoa(port)), reads: deadline.New(), writes: deadline.New(),
 		closed: make(chan struct{}), pieces: make(chan []byte), over: make(chan struct{}),
 	}
-	p.work.Go(p.receive)
+	p.work.Go(func() { p.receive(context.WithoutCancel(ctx)) })
 	return p, nil
 }
 
@@ -95,10 +95,10 @@ type portConn struct {
 
 // receive takes what comes until the connection is over. Read has it from here,
 // since a WebSocket does not outlive a wait for a message that is given up.
-func (p *portConn) receive() {
+func (p *portConn) receive(ctx context.Context) {
 	defer close(p.over)
 	for {
-		kind, data, err := p.conn.Read(context.Background())
+		kind, data, err := p.conn.Read(ctx)
 		if err == nil && kind == websocket.MessageText {
 			if _, err = decodeEvent(kind, data); err == nil {
 				continue // it only shows that the connection lives

@@ -212,25 +212,15 @@ func TestPublishedPorts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if all, err := c.PublishedPorts(t.Context(), id); err != nil || len(all) != 1 || all[0] != p {
-		t.Errorf("%+v, %v", all, err)
+	if all, lerr := c.PublishedPorts(t.Context(), id); lerr != nil || len(all) != 1 || all[0] != p {
+		t.Errorf("%+v, %v", all, lerr)
 	}
 	through := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return c.DialPort(ctx, id, port) }}
 	t.Cleanup(through.CloseIdleConnections)
 	for host, transport := range map[string]*http.Transport{p.Address: {}, "any.name": through} {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+host+"/", nil)
-		if err != nil {
-			t.Fatal(err)
+		if text := fetch(t, transport, "http://"+host+"/"); text != host {
+			t.Errorf("%s answers %q", host, text)
 		}
-		resp, err := transport.RoundTrip(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, err := io.ReadAll(resp.Body)
-		if err != nil || string(text) != host {
-			t.Errorf("%q, %v", text, err)
-		}
-		_ = resp.Body.Close()
 		transport.CloseIdleConnections()
 	}
 	if err = c.UnpublishPort(t.Context(), id, port); err != nil {
@@ -239,4 +229,22 @@ func TestPublishedPorts(t *testing.T) {
 	if err = c.UnpublishPort(t.Context(), id, port); !errors.Is(err, errdef.ErrNotFound) {
 		t.Errorf("again: %v", err)
 	}
+}
+
+func fetch(t *testing.T, transport *http.Transport, url string) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }

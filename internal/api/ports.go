@@ -166,8 +166,8 @@ func (s *server) tunnel(w http.ResponseWriter, r *http.Request) {
 	accepted := false
 	err = s.connectTo(r.PathValue("id"), port)(r.Context(), func(ctx context.Context, far net.Conn) error {
 		accepted = true
-		conn, err := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true}) // checkTunnel has verified
-		if err != nil {
+		conn, aerr := websocket.Accept(w, r, &websocket.AcceptOptions{InsecureSkipVerify: true}) // checkTunnel has verified
+		if aerr != nil {
 			return errClientGone // Accept has answered
 		}
 		conn.SetReadLimit(maxMessage)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -201,8 +202,14 @@ func TestProxySigned(t *testing.T) {
 		signed, sent string
 		status       int
 	}{
-		{"", "", 200}, {"what was meant", "what was meant", 200}, {long, long, 200}, {"x", "x", 200},
-		{"what was meant", "what is sent", 401}, {"what was meant", "", 401}, {"", "x", 401}, {long, long + "x", 401},
+		{"", "", 200},
+		{"what was meant", "what was meant", 200},
+		{long, long, 200},
+		{"x", "x", 200},
+		{"what was meant", "what is sent", 401},
+		{"what was meant", "", 401},
+		{"", "x", 401},
+		{long, long + "x", 401},
 	} {
 		a := g.do(t, "", "POST", path, try.sent, g.sign(fmt.Sprintf("nonce-nonce-%04d", i+1), try.signed))
 		if a.status != try.status {
@@ -265,9 +272,7 @@ func TestGuestPage(t *testing.T) {
 		"X-Own":                               {"kept"},
 	}
 	port := inGuest(t, func(w http.ResponseWriter, r *http.Request) {
-		for name, values := range hostile {
-			w.Header()[name] = values
-		}
+		maps.Copy(w.Header(), hostile)
 		w.Header().Set("Link", "</early>")
 		w.WriteHeader(http.StatusEarlyHints) // with all of it
 		if r.URL.Path == "/unauthorized" {
@@ -596,7 +601,7 @@ func TestProxyWebSocket(t *testing.T) {
 
 // TestProxyAbandoned: of a client that leaves nothing stays, although the guest
 // has never answered. It is not parallel, to see what it has left itself.
-func TestProxyAbandoned(t *testing.T) { //nolint:paralleltest // see above
+func TestProxyAbandoned(t *testing.T) {
 	b := apitest.New(t)
 	srv := b.Serve(spec)
 	if status, body := do(t, "POST", srv.URL+"/v1/sandboxes", `{"snapshot_tag":"py"}`); status != http.StatusCreated {

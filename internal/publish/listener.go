@@ -58,7 +58,7 @@ func Listen(ctx context.Context, hostPort, most int, connect Connect, logger *sl
 	if l.logger == nil {
 		l.logger = slog.New(slog.DiscardHandler)
 	}
-	l.ctx, l.cancel = context.WithCancel(context.Background()) // it outlives who asked for it
+	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx)) // it outlives who asked for it
 	l.work.Go(l.accept)
 	return l, nil
 }
