@@ -185,6 +185,44 @@ func TestProxyWithoutAuth(t *testing.T) {
 	}
 }
 
+// TestProxySlowBody: a client that stops in the middle of a body is not waited
+// for.
+func TestProxySlowBody(t *testing.T) {
+	t.Parallel()
+	b := apitest.New(t)
+	cfg := b.Config()
+	cfg.BodyTime = 50 * time.Millisecond
+	srv := httptest.NewServer(api.New(cfg)) // the checker would read the body itself
+	t.Cleanup(srv.Close)
+	if status, body := do(t, "POST", srv.URL+"/v1/sandboxes", `{"snapshot_tag":"py"}`); status != http.StatusCreated {
+		t.Fatalf("fork: %d %s", status, body)
+	}
+	left := make(chan error, 1)
+	port := inGuest(t, func(_ http.ResponseWriter, r *http.Request) {
+		_, err := io.ReadAll(r.Body)
+		left <- err
+	})
+	var d net.Dialer
+	conn, err := d.DialContext(within(t), "tcp", srv.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	_, _ = fmt.Fprintf(conn, "PUT /v1/sandboxes/sb-1/ports/%d/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nthe beginning", port)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusRequestTimeout {
+		t.Errorf("status %d", resp.StatusCode)
+	}
+	if err = <-left; err == nil {
+		t.Error("the guest takes a part of the body for the whole")
+	}
+}
+
 // TestProxySigned: a guest never has all of a body that is not what was signed.
 func TestProxySigned(t *testing.T) {
 	t.Parallel()
@@ -424,6 +462,29 @@ func TestProxyRefuses(t *testing.T) {
 	if a := ask(t, "GET", ofPort(base, 80)+"/", ""); a.status != http.StatusConflict {
 		t.Errorf("a sandbox that cannot be used: %d %s", a.status, a.body)
 	}
+}
+
+// FuzzTarget: whatever the path, the sandbox that is asked is the one whose owner
+// was looked at, and the guest has what follows the port, to the letter.
+func FuzzTarget(f *testing.F) {
+	for _, path := range []string{
+		"/v1/sandboxes/sb-1/ports/80/", "/v1/sandboxes/sb%2D1/ports/80/a%2Fb//c/../d", "/v1/sandboxes/../ports/80/x",
+		"/v1/sandboxes//ports/80/x", "/v1/sandboxes/sb-1/ports/80", "/v1/sandboxes/a%2Fports%2F1/ports/2/", "/v1/sandboxes/%zz/ports/2/",
+	} {
+		f.Add(path)
+	}
+	f.Fuzz(func(t *testing.T, path string) {
+		id, prefix, rest, owned, port, ok := api.ParseTarget(path)
+		if !ok {
+			return
+		}
+		if id != owned || id == "" || port < 1 || port > 65535 || prefix+rest != path || rest[0] != '/' {
+			t.Errorf("%q: sandbox %q, of which %q is asked for, port %d, prefix %q, path %q", path, id, owned, port, prefix, rest)
+		}
+		if want := fmt.Sprintf("/ports/%d", port); !strings.HasSuffix(prefix, want) {
+			t.Errorf("%q: prefix %q, port %d", path, prefix, port)
+		}
+	})
 }
 
 // rawGuest answers each connection with a text, and ends it.
