@@ -22,6 +22,7 @@ const module = "github.com/tinevm/tine/"
 // a row that allows what nobody uses. ARCHITECTURE.md explains the tiers.
 var mayImport = map[string][]string{
 	// Tier 0: leaves.
+	"internal/deadline":   {},
 	"internal/durable":    {"internal/errdef"},
 	"internal/errdef":     {},
 	"internal/guestproto": {},
@@ -36,12 +37,13 @@ var mayImport = map[string][]string{
 	"internal/cgroup":   {"internal/errdef", "internal/undo"},
 	"internal/egress":   {"internal/errdef"},
 	"internal/ext4":     {"internal/errdef"},
-	"internal/guest":    {"internal/errdef", "internal/guestproto"},
+	"internal/guest":    {"internal/deadline", "internal/errdef", "internal/guestproto"},
 	"internal/guestmem": {"internal/errdef", "internal/linux", "internal/undo"},
 	"internal/image":    {"internal/durable", "internal/errdef", "internal/ext4", "internal/progress"},
 	"internal/jail":     {"internal/cgroup", "internal/durable", "internal/errdef", "internal/linux", "internal/network", "internal/undo"},
 	"internal/metrics":  {},
 	"internal/network":  {"internal/errdef", "internal/vmm"},
+	"internal/publish":  {"internal/errdef"},
 	"internal/record":   {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
@@ -69,14 +71,14 @@ var mayImport = map[string][]string{
 	"internal/workspace": {"internal/durable", "internal/errdef", "internal/sandbox", "internal/vmm"},
 
 	// Tier 3: delivery.
-	"client": {"internal/errdef", "internal/wire"},
+	"client": {"internal/deadline", "internal/errdef", "internal/wire"},
 	"internal/api": {
 		"internal/api/forge", "internal/attest", "internal/audit", "internal/auth", "internal/block", "internal/deterministic",
 		"internal/errdef", "internal/guest", "internal/guestproto", "internal/image", "internal/metrics", "internal/progress",
-		"internal/record", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
+		"internal/publish", "internal/record", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/api/forge": {"internal/errdef", "internal/guest", "internal/sandbox", "internal/snapshot", "internal/wire"},
-	"internal/cli":       {"client", "internal/audit", "internal/block", "internal/errdef", "internal/progress", "internal/record"},
+	"internal/cli":       {"client", "internal/audit", "internal/block", "internal/errdef", "internal/progress", "internal/publish", "internal/record"},
 	"internal/forkd":     {"client", "internal/errdef"},
 	"internal/wire":      {},
 
@@ -96,7 +98,7 @@ var mayImport = map[string][]string{
 	"internal/daemon": {
 		"client", "internal/api", "internal/attest", "internal/audit", "internal/auth", "internal/deterministic",
 		"internal/durable", "internal/errdef", "internal/guestmem",
-		"internal/image", "internal/metrics", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
+		"internal/image", "internal/metrics", "internal/publish", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 		"internal/wire", "internal/workspace",
 	},
 	"internal/demo": {
@@ -111,7 +113,7 @@ var mayImport = map[string][]string{
 	// Only for tests.
 	"internal/api/apitest": {
 		"internal/agent", "internal/api", "internal/attest", "internal/deterministic", "internal/errdef", "internal/guest",
-		"internal/guestmem", "internal/image", "internal/metrics", "internal/progress", "internal/record", "internal/sandbox",
+		"internal/guestmem", "internal/image", "internal/metrics", "internal/progress", "internal/publish", "internal/record", "internal/sandbox",
 		"internal/snapshot", "internal/vmm", "internal/vmm/fake", "internal/wire", "internal/workspace",
 	},
 	"internal/vmm/fake": {
@@ -148,7 +150,8 @@ var testsMayImport = map[string][]string{
 // plain are the packages that use no other module than x/sys: leaves that
 // everything stands on, and what goes into the guest.
 var plain = []string{
-	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/durable", "internal/errdef", "internal/guest",
+	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/deadline", "internal/durable", "internal/errdef",
+	"internal/guest",
 	"internal/guestproto", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
 }
 

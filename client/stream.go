@@ -72,7 +72,20 @@ type Stream struct {
 // ctx bounds the whole stream: when it ends, so does the command, unless it
 // runs in the background.
 func (c *Client) ExecStream(ctx context.Context, id string, req StreamRequest) (*Stream, error) {
-	target := c.base + box(id, "exec", "stream")
+	conn, err := c.dialStream(ctx, c.base+box(id, "exec", "stream"))
+	if err != nil {
+		return nil, err
+	}
+	s := &Stream{conn: conn}
+	if err := s.start(ctx, req); err != nil {
+		_ = conn.CloseNow() // err says more
+		return nil, err
+	}
+	return s, nil
+}
+
+// dialStream opens a WebSocket. ctx bounds the call only.
+func (c *Client) dialStream(ctx context.Context, target string) (*websocket.Conn, error) {
 	hello, err := http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errdef.ErrInvalid, err)
@@ -88,12 +101,7 @@ func (c *Client) ExecStream(ctx context.Context, id string, req StreamRequest) (
 		return nil, unreachable(err)
 	}
 	conn.SetReadLimit(maxMessage)
-	s := &Stream{conn: conn}
-	if err := s.start(ctx, req); err != nil {
-		_ = conn.CloseNow() // err says more
-		return nil, err
-	}
-	return s, nil
+	return conn, nil
 }
 
 func (s *Stream) start(ctx context.Context, req StreamRequest) error {

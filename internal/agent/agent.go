@@ -65,6 +65,7 @@ type Agent struct {
 	generation atomic.Pointer[string]
 	temps      atomic.Uint64 // numbers temporary files
 	identity   sync.Mutex    // held while an identity is put on
+	dials      chan struct{} // a token for each connection to a port
 }
 
 // errClosed is the cause of everything that Close ends.
@@ -76,6 +77,7 @@ func New(cfg Config) *Agent {
 	a := &Agent{
 		home: cfg.Home, env: cfg.Env, log: cfg.Log,
 		started: time.Now(), ctx: ctx, cancel: cancel,
+		dials: make(chan struct{}, guestproto.MaxDials),
 	}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
@@ -236,6 +238,8 @@ func (a *Agent) handler(v guestproto.Verb) handler {
 		return a.powerOff
 	case guestproto.VerbChanges:
 		return a.changes
+	case guestproto.VerbDial:
+		return a.dial
 	default:
 		return a.fileHandler(v)
 	}

@@ -57,7 +57,12 @@ func (m *machine) pipe() net.Conn {
 
 func (m *machine) dial() *guest.Client {
 	m.t.Helper()
-	c, err := guest.Dial(within(m.t), m.pipe())
+	return m.dialOn(m.pipe())
+}
+
+func (m *machine) dialOn(link net.Conn) *guest.Client {
+	m.t.Helper()
+	c, err := guest.Dial(within(m.t), link)
 	if err != nil {
 		m.t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/metrics"
+	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/wire"
@@ -31,7 +32,8 @@ const (
 	defaultMaxBody = 2 << 20
 	// defaultBodyTime bounds the time that a client takes to send one.
 	defaultBodyTime = 30 * time.Second
-	// defaultMaxStreams bounds how many exec streams are open.
+	// defaultMaxStreams bounds how many exec streams, tunnels and proxied requests
+	// are open.
 	defaultMaxStreams = 1024
 	// defaultMaxOutput bounds what a buffered command may write.
 	defaultMaxOutput = 16 << 20
@@ -73,7 +75,7 @@ type Config struct {
 	MaxOutput, MaxFile int64
 	// MaxBody bounds a JSON body, BodyTime how long a client may take to send
 	// one, and how long it may pause in a file; MaxStreams is how many exec
-	// streams may be open. Zero means 2 MiB, 30 s and 1024.
+	// streams, tunnels and proxied requests may be open. Zero means 2 MiB, 30 s and 1024.
 	MaxBody    int64
 	BodyTime   time.Duration
 	MaxStreams int
@@ -84,6 +86,10 @@ type Config struct {
 	// Load says how busy the sandboxes' manager is, for GET /metrics; nil: it is
 	// not known.
 	Load func() sandbox.Load
+	// Ports are the sandboxes' ports that are published on this host. They belong
+	// to the caller, who has Observe end those of sandboxes that are gone. Nil:
+	// none can be.
+	Ports *publish.Ports
 	// StateDir is a path that errors do not tell over the network.
 	StateDir string
 }
@@ -179,6 +185,7 @@ func New(cfg Config) http.Handler {
 	s.remember()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/sandboxes/{id}/exec/stream", s.stream)
+	mux.HandleFunc(tunnelPattern, s.tunnel)
 	mux.HandleFunc(runPattern, s.createRun)
 	mux.HandleFunc(verifyPattern, s.verify)
 	forge.Mount(mux, forge.Config{

@@ -167,7 +167,7 @@ func (s *server) intended(next http.Handler, pattern string) http.Handler {
 		if isFile(pattern) {
 			file = &hashed{ReadCloser: r.Body, sum: sha256.New()}
 			r.Body = file
-		} else {
+		} else if pattern != proxyPattern { // a guest need not read all of that, or may take for ever
 			body, err := wholeBody(r)
 			if err != nil {
 				s.fail(w, r, bodyError(err))
@@ -222,7 +222,7 @@ func isAct(pattern string) bool {
 	switch pattern {
 	case "POST /v1/sandboxes/{id}/ping":
 		return false
-	case "GET /v1/sandboxes/{id}/files", "GET /v1/sandboxes/{id}/exec/stream", "GET /v1/sandbox/{id}/download", bundlePattern:
+	case "GET /v1/sandboxes/{id}/files", "GET /v1/sandboxes/{id}/exec/stream", "GET /v1/sandbox/{id}/download", bundlePattern, tunnelPattern:
 		return true
 	}
 	return !strings.HasPrefix(pattern, "GET ") && !strings.HasPrefix(pattern, "HEAD ")
@@ -240,6 +240,14 @@ func actionOf(pattern string) string {
 		return "sandbox.file.write"
 	case "DELETE /v1/sandboxes/{id}/files":
 		return "sandbox.file.delete"
+	case proxyPattern:
+		return "sandbox.port.ask"
+	case tunnelPattern:
+		return "sandbox.port.connect"
+	case "POST /v1/sandboxes/{id}/ports":
+		return "sandbox.port.publish"
+	case "DELETE /v1/sandboxes/{id}/ports/{port}":
+		return "sandbox.port.unpublish"
 	case runPattern:
 		return "run.create"
 	case verifyPattern:

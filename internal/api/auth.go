@@ -111,11 +111,11 @@ func scopeOf(pattern string) auth.Scope {
 func under(route, root string) bool { return route == root || strings.HasPrefix(route, root+"/") }
 
 // inGuest reports whether a sandbox's route shows what its guest holds: files,
-// and the command lines of processes.
+// the command lines of processes, and what listens on its ports.
 func inGuest(route string) bool {
 	rest, _ := strings.CutPrefix(route, "/v1/sandboxes/{id}/")
 	part, _, _ := strings.Cut(rest, "/")
-	return part == "files" || part == "processes" || part == "exec"
+	return part == "files" || part == "processes" || part == "exec" || part == "ports"
 }
 
 // Own returns boxes, where what is forked belongs to the token that asked for

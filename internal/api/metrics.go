@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/tinevm/tine/internal/metrics"
+	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/wire"
 )
@@ -22,10 +23,14 @@ const (
 	sampleTime = time.Second
 )
 
-// Observe returns what Events are to be observed with so that m counts them.
-func Observe(m *metrics.Metrics) func(sandbox.Event) {
+// Observe returns what Events are to be observed with so that m counts them, and
+// what ports, which may be nil, have published for a sandbox ends with it.
+func Observe(m *metrics.Metrics, ports *publish.Ports) func(sandbox.Event) {
 	return func(e sandbox.Event) {
 		m.Event(string(e.Type))
+		if ports != nil && (e.Type == sandbox.Removed || e.Type == sandbox.Died) {
+			ports.End(e.Sandbox)
+		}
 		took := millisOf(e.Data.TookMS)
 		switch {
 		case e.Type == sandbox.Created:

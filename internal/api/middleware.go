@@ -122,7 +122,12 @@ func (s *server) route(mux *http.ServeMux) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		escaped := r.URL.EscapedPath()
 		_, pattern := mux.Handler(r)
-		if pattern != "" && path.Clean(escaped) == escaped {
+		next := http.Handler(mux)
+		proxied := isProxied(escaped)
+		if proxied {
+			pattern, next = proxyPattern, http.HandlerFunc(s.proxy)
+		}
+		if pattern != "" && (proxied || path.Clean(escaped) == escaped) {
 			if err := authorize(r.Context(), pattern); err != nil {
 				s.fail(w, r, err)
 				return
@@ -132,7 +137,7 @@ func (s *server) route(mux *http.ServeMux) http.Handler {
 				return
 			}
 			noteRoute(w, pattern)
-			s.checkBody(s.once(s.intended(mux, pattern), pattern), pattern).ServeHTTP(w, r)
+			s.checkBody(s.once(s.intended(next, pattern), pattern), pattern).ServeHTTP(w, r)
 			return
 		}
 		probe := &probe{header: http.Header{}}
@@ -161,7 +166,7 @@ func (p *probe) WriteHeader(status int)      { p.status = status }
 // for its handler to say.
 func (s *server) checkBody(next http.Handler, pattern string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if strings.HasPrefix(pattern, "PUT ") && strings.HasSuffix(pattern, "/files") {
+		if pattern == proxyPattern || strings.HasPrefix(pattern, "PUT ") && strings.HasSuffix(pattern, "/files") {
 			r.Body = http.MaxBytesReader(w, s.patient(w, r.Body), s.maxFile)
 			next.ServeHTTP(w, r)
 			return

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -72,10 +71,8 @@ func (s *server) checkStream(r *http.Request) error {
 	if !strings.EqualFold(r.Header.Get("Upgrade"), "websocket") {
 		return errdef.WithHint(fmt.Errorf("%w: a stream is a WebSocket", errdef.ErrInvalid), "use POST …/exec for one answer")
 	}
-	if origin := r.Header.Get("Origin"); origin != "" {
-		if u, err := url.Parse(origin); err != nil || !strings.EqualFold(u.Host, r.Host) {
-			return fmt.Errorf("%w: request from another origin", errdef.ErrDenied)
-		}
+	if err := checkOrigin(r); err != nil {
+		return err
 	}
 	_, err := s.Sandboxes.Get(r.PathValue("id"))
 	return err

@@ -31,6 +31,7 @@ import (
 	"github.com/tinevm/tine/internal/guestmem"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/metrics"
+	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/undo"
@@ -95,6 +96,7 @@ type Daemon struct {
 	log     *slog.Logger
 	handler http.Handler
 	events  *sandbox.Events
+	ports   *publish.Ports
 
 	attestor   *attest.Attestor
 	workspaces *workspace.Store // nil when ephemeral
@@ -118,7 +120,9 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	}
 	d.log = slog.New(api.WithRequestIDs(d.log.Handler()))
 	counts := metrics.New(cfg.Version)
-	d.events = api.NewEvents(api.Observe(counts))
+	d.ports = publish.New(d.log)
+	u.Add(d.ports.Close)
+	d.events = api.NewEvents(api.Observe(counts, d.ports))
 	if !cfg.Ephemeral {
 		if d.lock, err = lock(d.cfg.StateDir); err != nil {
 			return nil, err
@@ -160,7 +164,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	face := api.Config{
 		Sandboxes: boxes, Auth: d.guard, ShareSandboxes: cfg.ShareSandboxes, Snapshots: d.Snapshots, Images: d.Images, Attestor: d.attestor,
 		Audit: d.witness.auditLog(), AuditReads: cfg.Audit.Reads,
-		Metrics: counts, Events: d.events, Load: d.Sandboxes.Load,
+		Metrics: counts, Events: d.events, Load: d.Sandboxes.Load, Ports: d.ports,
 		Doctor: cfg.Doctor, ForgeSnapshot: cfg.ForgeSnapshot, Version: cfg.Version, Logger: d.log,
 		MaxBody: cfg.HTTP.Body, BodyTime: cfg.HTTP.BodyTime, MaxStreams: cfg.HTTP.Streams, StateDir: d.cfg.StateDir,
 	}
@@ -222,9 +226,9 @@ func lock(stateDir string) (*os.File, error) {
 
 // Close ends the daemon. Unless it is ephemeral its sandboxes run on.
 func (d *Daemon) Close(ctx context.Context) error {
-	var err error
+	err := d.ports.Close() // before the sandboxes, which they use
 	if d.workspaces != nil {
-		err = d.workspaces.Close()
+		err = errors.Join(err, d.workspaces.Close())
 	}
 	err = errors.Join(err, d.closeAttestor(), d.Sandboxes.Close(ctx), d.witness.close(ctx))
 	if d.lock != nil {

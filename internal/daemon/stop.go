@@ -46,6 +46,7 @@ const (
 // Settle does with the sandboxes what Config.OnStop says. It is for between
 // Serve and Close. A sandbox that resists is logged and left: it runs on.
 func (d *Daemon) Settle(ctx context.Context) {
+	_ = d.ports.Close() // it never fails; who came by a published port would resume what is suspended here
 	if d.cfg.Ephemeral || d.cfg.OnStop == Leave || d.cfg.OnStop == "" {
 		return
 	}

@@ -48,6 +48,10 @@ const (
 	MaxSecretsSize = 256 << 10
 	// MaxChanges is how many entries VerbChanges tells at most.
 	MaxChanges = 100_000
+	// MaxDials is how many connections to its ports a guest has at once.
+	MaxDials = 128
+	// MaxPort is the highest port that there is.
+	MaxPort = 1<<16 - 1
 	// MaxChangePath bounds the path and the target in a Change.
 	MaxChangePath = 4 << 10
 )
@@ -100,6 +104,7 @@ const (
 	VerbResume    Verb = 19
 	VerbPowerOff  Verb = 20
 	VerbChanges   Verb = 21
+	VerbDial      Verb = 22
 )
 
 // Channel tells apart the kinds of bytes within one stream.
@@ -109,9 +114,12 @@ type Channel uint8
 // frame boundaries mean nothing.
 const (
 	ChanMessage Channel = 0
-	// ChanStdin carries input to the guest: a process's stdin, a file's bytes.
+	// ChanStdin carries input to the guest: a process's stdin, a file's bytes,
+	// what a connection to one of its ports is sent.
 	ChanStdin Channel = 1
-	// ChanStdout carries output: stdout, a terminal, a file's bytes.
+	// ChanStdout carries output: stdout, a terminal, a file's bytes, what a
+	// connection to a port answers. There an empty frame ends it: an End would
+	// end the other direction too.
 	ChanStdout Channel = 2
 	// ChanStderr carries a process's stderr.
 	ChanStderr Channel = 3

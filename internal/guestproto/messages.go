@@ -594,3 +594,12 @@ type ChangesDone struct {
 }
 
 func (m *ChangesDone) code(c *coder) { c.bool(&m.Truncated) }
+
+// DialRequest connects to a TCP port of the guest's loopback: VerbDial. The
+// answer is an Empty once there is a connection. Then bytes go both ways, on
+// ChanStdin and ChanStdout.
+type DialRequest struct {
+	Port int // 1 to MaxPort
+}
+
+func (m *DialRequest) code(c *coder) { number(c, &m.Port) }

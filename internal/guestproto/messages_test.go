@@ -25,6 +25,7 @@ func all() []guestproto.Message {
 		&guestproto.WatchRequest{}, &guestproto.Event{}, &guestproto.Events{},
 		&guestproto.Secret{}, &guestproto.ChangesRequest{}, &guestproto.Change{}, &guestproto.Changes{}, &guestproto.ChangesDone{},
 		&guestproto.Welcome{}, &guestproto.Job{}, &guestproto.JobFile{}, &guestproto.JobDone{}, &guestproto.JobCollected{},
+		&guestproto.DialRequest{},
 	}
 }
 
@@ -120,7 +121,8 @@ func FuzzMessages(f *testing.F) {
 	f.Add(uint8(7), guestproto.Encode(&guestproto.ExecRequest{Argv: []string{"a", "b"}, Env: []string{"A=1"}, Rows: 9}))
 	f.Add(uint8(19), guestproto.Encode(&guestproto.Entries{Entries: []guestproto.Entry{{Name: "x", Size: 5}, {Name: "y"}}}))
 	f.Add(uint8(5), guestproto.Encode(&guestproto.Identity{Secrets: []guestproto.Secret{{Name: "x", Value: []byte("y")}, {}}, KeepSecrets: true}))
-	f.Add(uint8(len(all())-2), guestproto.Encode(&guestproto.Changes{Changes: []guestproto.Change{{Path: "/a", Hash: make([]byte, 32)}, {Path: "/b", Opaque: true}}}))
+	f.Add(uint8(len(all())-1), guestproto.Encode(&guestproto.DialRequest{Port: guestproto.MaxPort}))
+	f.Add(uint8(35), guestproto.Encode(&guestproto.Changes{Changes: []guestproto.Change{{Path: "/a", Hash: make([]byte, 32)}, {Path: "/b", Opaque: true}}}))
 	f.Fuzz(func(t *testing.T, which uint8, body []byte) {
 		kinds := all()
 		m := kinds[int(which)%len(kinds)]

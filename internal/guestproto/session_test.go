@@ -154,6 +154,39 @@ func TestSenderBlocksWithoutCredit(t *testing.T) {
 	}
 }
 
+// busy is a link that takes no data until it is told to.
+type busy struct {
+	wire
+	free bool
+}
+
+func (b *busy) WriteFrame(ctx context.Context, t guestproto.FrameType, stream uint32, parts ...[]byte) error {
+	if t == guestproto.TypeData && !b.free {
+		return context.DeadlineExceeded
+	}
+	return b.wire.WriteFrame(ctx, t, stream, parts...)
+}
+
+// TestCreditOfWhatWasNotSent: data that the link did not take costs nothing.
+func TestCreditOfWhatWasNotSent(t *testing.T) {
+	t.Parallel()
+	var link busy
+	st, err := guestproto.NewHost(&link).Open(within(t), guestproto.VerbDial, &guestproto.DialRequest{Port: 1}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	piece := make([]byte, guestproto.MaxData)
+	for range 100 { // many times the window
+		if n, serr := st.Send(within(t), guestproto.ChanStdin, piece); n != 0 || !errors.Is(serr, context.DeadlineExceeded) {
+			t.Fatalf("%d sent, %v", n, serr)
+		}
+	}
+	link.free = true
+	if _, err = st.Send(within(t), guestproto.ChanStdin, piece); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestPeerThatBreaksTheProtocol(t *testing.T) {
 	t.Parallel()
 	data := func(n int) []byte { return make([]byte, n+1) }

@@ -119,6 +119,7 @@ func (st *Stream) Send(ctx context.Context, ch Channel, p []byte) (int, error) {
 		}
 		err = st.session.write(ctx, TypeData, st, []byte{byte(ch)}, p[sent:sent+n])
 		if err != nil {
+			st.refund(n)
 			return sent, err
 		}
 		if sent += n; sent == len(p) {
@@ -170,6 +171,15 @@ func (st *Stream) tryTake(high, low int) (int, bool) {
 		signal(st.room) // another sender may have use for what is left
 	}
 	return n, true
+}
+
+// refund takes back what a frame of n bytes cost that was not sent: a caller
+// whose ctx has ended may try again.
+func (st *Stream) refund(n int) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.credit += n + FrameCost
+	signal(st.room)
 }
 
 // End says that nothing more comes from this side. From the agent it ends the

@@ -1525,6 +1525,23 @@ type PruneRequest struct {
 	KeepLast *int `json:"keep_last"`
 }
 
+// PublishPortRequest defines model for PublishPortRequest.
+type PublishPortRequest struct {
+	// GuestPort The port in the sandbox, 1 to 65535.
+	GuestPort int `json:"guest_port"`
+
+	// HostPort The port of this host, from 1024 on; 0 or none: a free one.
+	HostPort int `json:"host_port,omitempty"`
+}
+
+// PublishedPort A port of a sandbox that the daemon listens for.
+type PublishedPort struct {
+	// Address As in `127.0.0.1:43121`.
+	Address   string `json:"address"`
+	GuestPort int    `json:"guest_port"`
+	HostPort  int    `json:"host_port"`
+}
+
 // Record What a record says. Nothing of it is proven here; see `POST /v1/verify`.
 type Record struct {
 	// Args Absent for who has scope read only.
@@ -2265,6 +2282,9 @@ type Limit = int
 // Path defines model for Path.
 type Path = string
 
+// Port defines model for Port.
+type Port = int
+
 // RecordID defines model for RecordID.
 type RecordID = string
 
@@ -2503,6 +2523,9 @@ type MakeDirectoryJSONRequestBody = MkdirRequest
 // MoveFileJSONRequestBody defines body for MoveFile for application/json ContentType.
 type MoveFileJSONRequestBody = MoveRequest
 
+// PublishPortJSONRequestBody defines body for PublishPort for application/json ContentType.
+type PublishPortJSONRequestBody = PublishPortRequest
+
 // SignalProcessJSONRequestBody defines body for SignalProcess for application/json ContentType.
 type SignalProcessJSONRequestBody = SignalRequest
 
@@ -2711,6 +2734,15 @@ type ServerInterface interface {
 	// PingSandbox Ask the sandbox's agent for a sign of life
 	// (POST /v1/sandboxes/{id}/ping)
 	PingSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// ListPorts List the ports of a sandbox that the daemon listens for
+	// (GET /v1/sandboxes/{id}/ports)
+	ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// PublishPort Listen on this host's loopback for a port of a sandbox
+	// (POST /v1/sandboxes/{id}/ports)
+	PublishPort(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// UnpublishPort Listen no more for a port of a sandbox
+	// (DELETE /v1/sandboxes/{id}/ports/{port})
+	UnpublishPort(w http.ResponseWriter, r *http.Request, id SandboxID, port Port)
 	// ListProcesses List the processes that were started through this interface
 	// (GET /v1/sandboxes/{id}/processes)
 	ListProcesses(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -4088,6 +4120,93 @@ func (siw *ServerInterfaceWrapper) PingSandbox(w http.ResponseWriter, r *http.Re
 	handler.ServeHTTP(w, r)
 }
 
+// ListPorts operation middleware
+func (siw *ServerInterfaceWrapper) ListPorts(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListPorts(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// PublishPort operation middleware
+func (siw *ServerInterfaceWrapper) PublishPort(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.PublishPort(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// UnpublishPort operation middleware
+func (siw *ServerInterfaceWrapper) UnpublishPort(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	// ------------- Path parameter "port" -------------
+	var port Port
+
+	err = runtime.BindStyledParameterWithOptions("simple", "port", r.PathValue("port"), &port, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "integer", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "port", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.UnpublishPort(w, r, id, port)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // ListProcesses operation middleware
 func (siw *ServerInterfaceWrapper) ListProcesses(w http.ResponseWriter, r *http.Request) {
 
@@ -5037,6 +5156,9 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/workspaces/{name}/suspend", wrapper.SuspendWorkspace)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/workspaces/{name}/resume", wrapper.ResumeWorkspace)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/exec", wrapper.ExecSandbox)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/ports", wrapper.ListPorts)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ports", wrapper.PublishPort)
+	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.UnpublishPort)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/eval", wrapper.EvalSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ping", wrapper.PingSandbox)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.ListProcesses)
@@ -6850,6 +6972,119 @@ func (response PingSandboxdefaultJSONResponse) VisitPingSandboxResponse(w http.R
 	return err
 }
 
+type ListPortsRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type ListPortsResponseObject interface {
+	VisitListPortsResponse(w http.ResponseWriter) error
+}
+
+type ListPorts200JSONResponse []PublishedPort
+
+func (response ListPorts200JSONResponse) VisitListPortsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListPortsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListPortsdefaultJSONResponse) VisitListPortsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type PublishPortRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Body *PublishPortJSONRequestBody
+}
+
+type PublishPortResponseObject interface {
+	VisitPublishPortResponse(w http.ResponseWriter) error
+}
+
+type PublishPort201JSONResponse PublishedPort
+
+func (response PublishPort201JSONResponse) VisitPublishPortResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(201)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type PublishPortdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response PublishPortdefaultJSONResponse) VisitPublishPortResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type UnpublishPortRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Port Port      `json:"port"`
+}
+
+type UnpublishPortResponseObject interface {
+	VisitUnpublishPortResponse(w http.ResponseWriter) error
+}
+
+type UnpublishPort204Response struct {
+}
+
+func (response UnpublishPort204Response) VisitUnpublishPortResponse(w http.ResponseWriter) error {
+	w.WriteHeader(204)
+	return nil
+}
+
+type UnpublishPortdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response UnpublishPortdefaultJSONResponse) VisitUnpublishPortResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListProcessesRequestObject struct {
 	ID SandboxID `json:"id"`
 }
@@ -8356,6 +8591,15 @@ type StrictServerInterface interface {
 	// PingSandbox Ask the sandbox's agent for a sign of life
 	// (POST /v1/sandboxes/{id}/ping)
 	PingSandbox(ctx context.Context, request PingSandboxRequestObject) (PingSandboxResponseObject, error)
+	// ListPorts List the ports of a sandbox that the daemon listens for
+	// (GET /v1/sandboxes/{id}/ports)
+	ListPorts(ctx context.Context, request ListPortsRequestObject) (ListPortsResponseObject, error)
+	// PublishPort Listen on this host's loopback for a port of a sandbox
+	// (POST /v1/sandboxes/{id}/ports)
+	PublishPort(ctx context.Context, request PublishPortRequestObject) (PublishPortResponseObject, error)
+	// UnpublishPort Listen no more for a port of a sandbox
+	// (DELETE /v1/sandboxes/{id}/ports/{port})
+	UnpublishPort(ctx context.Context, request UnpublishPortRequestObject) (UnpublishPortResponseObject, error)
 	// ListProcesses List the processes that were started through this interface
 	// (GET /v1/sandboxes/{id}/processes)
 	ListProcesses(ctx context.Context, request ListProcessesRequestObject) (ListProcessesResponseObject, error)
@@ -9541,6 +9785,92 @@ func (sh *strictHandler) PingSandbox(w http.ResponseWriter, r *http.Request, id 
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(PingSandboxResponseObject); ok {
 		if err := validResponse.VisitPingSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ListPorts operation middleware
+func (sh *strictHandler) ListPorts(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request ListPortsRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListPorts(ctx, request.(ListPortsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListPorts")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListPortsResponseObject); ok {
+		if err := validResponse.VisitListPortsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// PublishPort operation middleware
+func (sh *strictHandler) PublishPort(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request PublishPortRequestObject
+
+	request.ID = id
+
+	var body PublishPortJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.PublishPort(ctx, request.(PublishPortRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "PublishPort")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(PublishPortResponseObject); ok {
+		if err := validResponse.VisitPublishPortResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// UnpublishPort operation middleware
+func (sh *strictHandler) UnpublishPort(w http.ResponseWriter, r *http.Request, id SandboxID, port Port) {
+	var request UnpublishPortRequestObject
+
+	request.ID = id
+	request.Port = port
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.UnpublishPort(ctx, request.(UnpublishPortRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "UnpublishPort")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(UnpublishPortResponseObject); ok {
+		if err := validResponse.VisitUnpublishPortResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/metrics"
 	"github.com/tinevm/tine/internal/progress"
+	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
@@ -53,6 +54,8 @@ type Backend struct {
 	Events *sandbox.Events
 	// Metrics are what the interface has counted.
 	Metrics *metrics.Metrics
+	// Ports are the ports that are published.
+	Ports *publish.Ports
 
 	tb         testing.TB
 	dir        string
@@ -75,9 +78,9 @@ func New(tb testing.TB) *Backend {
 	tb.Helper()
 	b := &Backend{
 		tb: tb, dir: tb.TempDir(), boxes: map[string]*box{}, images: map[string]image.Image{}, pools: map[string]int{},
-		pending: map[string]*branching{}, Metrics: metrics.New(version),
+		pending: map[string]*branching{}, Metrics: metrics.New(version), Ports: publish.New(nil),
 	}
-	b.Events = sandbox.NewEvents(eventsKept, api.Observe(b.Metrics))
+	b.Events = sandbox.NewEvents(eventsKept, api.Observe(b.Metrics, b.Ports))
 	store, err := snapshot.Open(filepath.Join(b.dir, "snapshots"), nil)
 	if err != nil {
 		tb.Fatal(err)
@@ -99,7 +102,7 @@ func New(tb testing.TB) *Backend {
 func (b *Backend) Config() api.Config {
 	return api.Config{
 		Sandboxes: b, Snapshots: b.store, Images: images{b}, Workspaces: b.workspaces, Version: version,
-		Events: b.Events, Metrics: b.Metrics, Load: b.load, Attestor: b.attestor,
+		Events: b.Events, Metrics: b.Metrics, Load: b.load, Attestor: b.attestor, Ports: b.Ports,
 		Logger: slog.New(slog.NewTextHandler(b.tb.Output(), nil)), MaxOutput: 64 << 10, MaxFile: 1 << 20,
 		Doctor: func(context.Context) []wire.DoctorCheck {
 			return []wire.DoctorCheck{{Name: "kvm", Status: wire.DoctorCheckStatusWarn, Detail: "no /dev/kvm", Hint: "none is needed"}}
@@ -114,7 +117,8 @@ func (b *Backend) close() {
 	for _, p := range b.pending {
 		_ = p.stage.Abort() // the directory goes with the test
 	}
-	_ = b.workspaces.Close() // so does this
+	_ = b.Ports.Close()      // it never fails
+	_ = b.workspaces.Close() // the directory goes, too
 	_ = b.attestor.Close()   // and this
 }
 
