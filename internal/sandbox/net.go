@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -21,6 +23,9 @@ type NetConfig struct {
 	Bounds egress.Bounds
 	// Upstream are the name servers, as addresses and ports; see egress.Config.
 	Upstream []string
+	// Dial connects to what a sandbox may reach; see egress.Config. nil: by the
+	// host's own network.
+	Dial func(ctx context.Context, network string, dst netip.AddrPort) (net.Conn, error)
 }
 
 // Net is what a sandbox with a network card may reach. The zero Net is nothing.
@@ -48,25 +53,25 @@ type outlet struct {
 	done    chan struct{}
 }
 
-// checkNet says whether net can be had on a machine of the shape.
-func (m *Manager) checkNet(net *Net, shape vmm.Machine) (*egress.Policy, error) {
-	if net == nil {
-		net = &Net{}
+// checkNet says whether what is to be reached can be on a machine of the shape.
+func (m *Manager) checkNet(reach *Net, shape vmm.Machine) (*egress.Policy, error) {
+	if reach == nil {
+		reach = &Net{}
 	} else if !shape.Net {
 		err := fmt.Errorf("%w: a snapshot without a network card has forks without a network", errdef.ErrInvalid)
 		return nil, errdef.WithHint(err, "make one with a card: tine snapshot create --net")
 	}
-	policy, err := egress.Compile(net.Rules, m.Net.Bounds)
+	policy, err := egress.Compile(reach.Rules, m.Net.Bounds)
 	if err != nil {
 		return nil, err
 	}
-	return policy, m.gatewayConfig("", policy, net).Validate()
+	return policy, m.gatewayConfig("", policy, reach).Validate()
 }
 
-func (m *Manager) gatewayConfig(id string, policy *egress.Policy, net *Net) egress.Config {
+func (m *Manager) gatewayConfig(id string, policy *egress.Policy, reach *Net) egress.Config {
 	return egress.Config{
-		Policy: policy, Upstream: m.Net.Upstream, Secrets: net.Secrets,
-		UpBytesPerSecond: net.UpBytes, DownBytesPerSecond: net.DownBytes,
+		Policy: policy, Upstream: m.Net.Upstream, Secrets: reach.Secrets,
+		UpBytesPerSecond: reach.UpBytes, DownBytesPerSecond: reach.DownBytes, Dial: m.Net.Dial,
 		Denied: func(d egress.Denial) {
 			m.Events.Add(EgressDenied, id, EventData{Reason: fmt.Sprintf("%s to %s: %s", d.Protocol, d.To, d.Reason)})
 		},
@@ -75,18 +80,18 @@ func (m *Manager) gatewayConfig(id string, policy *egress.Policy, net *Net) egre
 
 // newOutlet begins to carry what the machine of sandbox id sends. It is nil for a
 // machine without a network card.
-func (m *Manager) newOutlet(id string, vm vmm.VM, shape vmm.Machine, net *Net) (*outlet, error) {
+func (m *Manager) newOutlet(id string, vm vmm.VM, shape vmm.Machine, reach *Net) (*outlet, error) {
 	if !shape.Net {
 		return nil, nil //nolint:nilnil // nothing to carry, no error
 	}
-	policy, err := m.checkNet(net, shape)
+	policy, err := m.checkNet(reach, shape)
 	if err != nil {
 		return nil, err
 	}
-	if net == nil {
-		net = &Net{}
+	if reach == nil {
+		reach = &Net{}
 	}
-	gateway, err := egress.New(m.gatewayConfig(id, policy, net))
+	gateway, err := egress.New(m.gatewayConfig(id, policy, reach))
 	if err != nil {
 		return nil, err
 	}
@@ -118,9 +123,9 @@ func (o *outlet) close() {
 // last machine had.
 func (b *box) connect(vm vmm.VM) error {
 	b.mu.Lock()
-	shape, net := b.record.Machine, b.record.Net
+	shape, reach := b.record.Machine, b.record.Net
 	b.mu.Unlock()
-	o, err := b.m.newOutlet(b.id, vm, shape, net)
+	o, err := b.m.newOutlet(b.id, vm, shape, reach)
 	if err != nil {
 		return err
 	}
@@ -158,18 +163,18 @@ func (m *Manager) SetNet(ctx context.Context, id string, rules egress.Rules) (Ne
 func (b *box) setNet(rules egress.Rules) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var net Net
+	var reach Net
 	if b.record.Net != nil {
-		net = *b.record.Net
+		reach = *b.record.Net
 	}
-	net.Rules = rules
-	policy, err := b.m.checkNet(&net, b.record.Machine)
+	reach.Rules = rules
+	policy, err := b.m.checkNet(&reach, b.record.Machine)
 	if err != nil {
 		return err
 	}
 	r := b.record
-	net.Rules = policy.Rules()
-	r.Net = &net
+	reach.Rules = policy.Rules()
+	r.Net = &reach
 	if err = r.save(b.m.Dir); err != nil {
 		return err
 	}
