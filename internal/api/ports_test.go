@@ -216,7 +216,8 @@ func TestProxySlowBody(t *testing.T) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusRequestTimeout {
-		t.Errorf("status %d", resp.StatusCode)
+		text, _ := io.ReadAll(resp.Body)
+		t.Errorf("status %d: %s", resp.StatusCode, text)
 	}
 	if err = <-left; err == nil {
 		t.Error("the guest takes a part of the body for the whole")

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/tinevm/tine/internal/auth"
 	"github.com/tinevm/tine/internal/errdef"
@@ -92,20 +93,28 @@ func (s *server) forward(w http.ResponseWriter, r *http.Request) error {
 			return bodyError(err)
 		}
 	}
-	r.Body = &withheld{ReadCloser: r.Body}
+	body := &withheld{ReadCloser: r.Body}
+	r.Body = body
 	leave, err := s.enterStream()
 	if err != nil {
 		return err
 	}
 	defer leave()
-	return s.Sandboxes.With(r.Context(), t.id, func(ctx context.Context, g *guest.Client) error {
-		conn, err := dialGuest(ctx, g, t.port)
-		if err != nil {
-			return err
+	err = s.Sandboxes.With(r.Context(), t.id, func(ctx context.Context, g *guest.Client) error {
+		conn, derr := dialGuest(ctx, g, t.port)
+		if derr != nil {
+			return derr
 		}
 		defer func() { _ = conn.Close() }() // the transport may have closed it
 		return t.ask(ctx, w, r.WithContext(ctx), conn)
 	})
+	if err != nil && r.Context().Err() != nil {
+		// A body that does not come ends the request's context before it fails.
+		if failed := body.failure(); ofBody(failed) {
+			return failed
+		}
+	}
+	return err
 }
 
 // ask sends r over conn, which is for this request alone: the sandbox is in use
@@ -151,11 +160,11 @@ func (p plainly) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // failed says why there is no answer, or no whole one.
 func (t target) failed(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
 	if ofBody(err) {
 		return err
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	err = fmt.Errorf("%w: answer of port %d in the sandbox: %w", errdef.ErrUnavailable, t.port, err)
 	return withStatus(errdef.WithHint(err, "what listens there has to speak HTTP/1.1; tine port forwards anything"), http.StatusBadGateway)
@@ -175,9 +184,20 @@ func ofBody(err error) bool {
 // that was signed.
 type withheld struct {
 	io.ReadCloser
+
+	mu   sync.Mutex // held by Read
 	last byte
 	has  bool // last is one
 	over bool // and nothing comes after it
+	err  error
+}
+
+// failure is why the body could not be read, or nil. It waits for a Read that is
+// under way.
+func (b *withheld) failure() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.err
 }
 
 // Read returns all but the last byte, and that with the end.
@@ -185,9 +205,14 @@ func (b *withheld) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	for !b.over {
 		n, err := b.ReadCloser.Read(p)
 		n = b.swap(p[:n])
+		if err != nil && !errors.Is(err, io.EOF) {
+			b.err = err
+		}
 		if b.over = errors.Is(err, io.EOF); !b.over && (n > 0 || err != nil) {
 			return n, err
 		}
