@@ -44,7 +44,7 @@ func TestOpen(t *testing.T) {
 				f.mount("memory", "/docker/ab", "/docker/xy", false, "memory")
 				f.mount("pids", "/", "/", false, "pids")
 			},
-			version: 1, has: "pids", missing: []string{"memory: the group of this process, /docker/xy, is not below", "cpu:", "io:"},
+			version: 1, has: "pids", missing: []string{"memory: the group /docker/xy is not below", "cpu:", "io:"},
 			parents: "pids/tine",
 		},
 		"v1_all_in_one": {

@@ -117,8 +117,8 @@ var nap = unix.Timespec{Nsec: int64(time.Millisecond)}
 //go:nosplit
 func bomb() {
 	for {
-		unix.RawSyscall(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0)
-		unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, uintptr(unsafe.Pointer(&nap)), 0, 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0)
+		_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, uintptr(unsafe.Pointer(&nap)), 0, 0, 0)
 	}
 }
 

@@ -57,7 +57,7 @@ func realHost(t *testing.T, needs ...string) host {
 // sweep ends and removes all groups of a test.
 func (h host) sweep(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
 	defer cancel()
 	for _, name := range h.names(t) {
 		g, err := h.Group(h.prefix + name)
