@@ -76,6 +76,10 @@ func play(role string) error {
 			err = errors.New("there was enough for all of it")
 		}
 		return err
+	case "meal":
+		if err = eat(meal); err != nil {
+			return err
+		}
 	case "spin":
 		for {
 			runtime.Gosched()
@@ -93,6 +97,7 @@ func play(role string) error {
 
 const (
 	feast = 256 << 20
+	meal  = 80 << 20
 	snack = 16 << 20
 )
 
