@@ -17,9 +17,9 @@ func used() []int {
 		unix.CAP_SYS_ADMIN,                                 // namespaces, mounts, control groups; to suspend a filter for a twin
 		unix.CAP_SYS_PTRACE,                                // memory of machines, twins, descriptors of their networks
 		unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_SETPCAP, // users of their own for machines
-		unix.CAP_KILL,                                      // machines are other users' processes
-		unix.CAP_SYS_NICE,                                  // where a deterministic machine's threads run
-		unix.CAP_NET_BIND_SERVICE,                          // --listen :443
+		unix.CAP_KILL,             // machines are other users' processes
+		unix.CAP_SYS_NICE,         // where a deterministic machine's threads run
+		unix.CAP_NET_BIND_SERVICE, // --listen :443
 		unix.CAP_DAC_OVERRIDE, unix.CAP_DAC_READ_SEARCH, unix.CAP_CHOWN, unix.CAP_FOWNER, unix.CAP_FSETID,
 		unix.CAP_MKNOD, unix.CAP_SYS_CHROOT, unix.CAP_SETFCAP, // images
 	}
