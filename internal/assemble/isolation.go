@@ -21,8 +21,11 @@ import (
 )
 
 // groupsName is that of the control group that all machines of a state directory
-// are in.
+// are in. The usual one has a name that a unit can say.
 func groupsName(stateDir string) string {
+	if stateDir == "/var/lib/tine" {
+		return "tine"
+	}
 	sum := sha256.Sum256([]byte(stateDir))
 	return "tine-" + hex.EncodeToString(sum[:4])
 }

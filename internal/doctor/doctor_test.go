@@ -17,8 +17,8 @@ import (
 
 	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
-	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // root makes a tree of files to stand for /proc and /sys.
