@@ -53,7 +53,7 @@ type gift struct {
 // been asked fails.
 type opener struct {
 	listener *os.File
-	files    map[string]*os.File // ours until Close
+	files    map[string]*os.File // the caller's, who keeps them open until close
 	wake     *os.File            // its other end closes to end the opener
 	stop     *os.File
 	done     chan struct{}
@@ -152,6 +152,9 @@ func (o *opener) open(q *question, addr uint64, r *reply) error {
 	defer func() { _ = again.Close() }() // the program has its own
 	g := gift{id: q.id, source: uint32(again.Fd()), newFlags: unix.O_CLOEXEC}
 	fd, err := o.ioctlResult(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&g))
+	if errors.Is(err, unix.ENOENT) {
+		return nil // whoever asked is gone, or asks again after a signal
+	}
 	if err != nil {
 		return fmt.Errorf("hand over %s: %w", path, err)
 	}
