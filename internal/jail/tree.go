@@ -157,9 +157,12 @@ func linkedWith(ctx context.Context, file string) ([]string, error) {
 func parseLoaderList(out string) []string {
 	var libs []string
 	for line := range strings.Lines(out) {
-		fields := strings.Fields(line)
-		if i := slices.Index(fields, "=>"); i >= 0 && i+1 < len(fields) && filepath.IsAbs(fields[i+1]) {
-			libs = append(libs, fields[i+1])
+		_, path, _ := strings.Cut(strings.TrimSpace(line), "=> ")
+		if end := strings.LastIndex(path, " (0x"); end >= 0 {
+			path = path[:end]
+		}
+		if filepath.IsAbs(path) {
+			libs = append(libs, path)
 		}
 	}
 	return libs
