@@ -178,6 +178,7 @@ func TestScopesOfRoutes(t *testing.T) {
 		"GET /healthz": "read", "GET /health": "read", "GET /version": "read", "GET /metrics": "read", "GET /v1/doctor": "read",
 		"GET /v1/images": "read", "GET /v1/images/{name}": "read", "GET /v1/snapshots": "read", "GET /v1/snapshots/{tag}/info": "read",
 		"GET /v1/snapshots/{tag}/pool": "read", "GET /v1/tree": "read", "GET /v1/sandboxes": "read", "GET /v1/sandboxes/{id}": "read",
+		"GET /v1/sandboxes/{id}/usage": "read", "GET /v1/sandboxes/{id}/net": "read", "GET /v1/net": "read",
 		"GET /v1/workspaces": "read", "GET /v1/workspaces/{name}": "read", "GET /v1/events": "read",
 		"GET /v1/diff":   "fork",
 		"GET /v1/blocks": "read", "GET /v1/blocks/{ref}": "read", "GET /v1/blocks/{ref}/trust": "read",

@@ -63,7 +63,7 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
 			b := apitest.New(t)
-			b.Limit = 20
+			b.Most = 20
 			b.Fail = func(op string) error {
 				if op == "fork 3" {
 					return fmt.Errorf("%w: no room for the fourth", errdef.ErrExhausted)

@@ -915,7 +915,7 @@ type BuildImageRequest struct {
 type ChangeNetRequest struct {
 	Allow EgressRules `json:"allow,omitempty"`
 
-	// Inspect Absent
+	// Inspect Absent, it stays as it is.
 	Inspect *bool       `json:"inspect,omitempty"`
 	Remove  EgressRules `json:"remove,omitempty"`
 }
@@ -2066,7 +2066,7 @@ type SandboxNet struct {
 type SetNetRequest struct {
 	Allow EgressRules `json:"allow"`
 
-	// Inspect Absent
+	// Inspect Absent, it stays as it is.
 	Inspect *bool `json:"inspect,omitempty"`
 }
 
