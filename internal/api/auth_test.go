@@ -29,7 +29,7 @@ import (
 )
 
 // guarded is the interface with tokens: read, fork and admin have that scope,
-// few may have two sandboxes, and signs signs.
+// few may have two sandboxes, small 250 MiB and four cores, and signs signs.
 type guarded struct {
 	url    string
 	tokens map[string]string
@@ -42,7 +42,7 @@ func newGuarded(t *testing.T, cfg auth.Config) guarded {
 	cfg.Store = auth.StorePath(t.TempDir())
 	for name, r := range map[string]auth.Record{
 		"read": {Scope: auth.Read}, "fork": {Scope: auth.Fork}, "admin": {Scope: auth.Admin},
-		"few": {Scope: auth.Fork, MaxSandboxes: 2}, "signs": {Scope: auth.Fork, Sign: true},
+		"few": {Scope: auth.Fork, MaxSandboxes: 2}, "small": {Scope: auth.Fork, MaxMemoryMiB: 250, MaxCPUs: 4}, "signs": {Scope: auth.Fork, Sign: true},
 	} {
 		r.Name = name
 		_, secret, err := auth.Create(t.Context(), cfg.Store, r)
