@@ -141,7 +141,7 @@ var testsMayImport = map[string][]string{
 	"internal/daemon":        {"internal/guest", "internal/linux"},
 	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},
 	"internal/guest":         {"internal/agent"},
-	"internal/sandbox":       {"internal/vmm/qemu"},
+	"internal/sandbox":       {"internal/network", "internal/vmm/qemu"},
 
 	"internal/vmm/qemu":  {"internal/guest", "internal/image"},
 	"internal/workspace": {"internal/guest", "internal/snapshot"},

@@ -24,6 +24,7 @@ import (
 	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/wire"
@@ -88,6 +89,9 @@ func (p Parts) borrow(ctx context.Context, o cli.HostOptions, use func(*daemon.D
 }
 
 func (p Parts) serve(ctx context.Context, o cli.ServeOptions) (err error) {
+	if err = jail.DropCapabilities(); err != nil {
+		return err
+	}
 	d, end, err := p.open(ctx, o.HostOptions, daemon.Config{
 		Limits:       sandbox.Limits{Sandboxes: o.MaxSandboxes, Branches: o.Branches},
 		KeepBranches: o.KeepBranches, ForgeSnapshot: o.ForgeSnapshot, Logger: logger(o.Log, o.Verbose, o.LogFormat),

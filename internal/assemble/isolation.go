@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/cli"
 	"github.com/tinevm/tine/internal/egress"
@@ -19,8 +21,11 @@ import (
 )
 
 // groupsName is that of the control group that all machines of a state directory
-// are in.
+// are in. The usual one has a name that a unit can say.
 func groupsName(stateDir string) string {
+	if stateDir == "/var/lib/tine" {
+		return "tine"
+	}
 	sum := sha256.Sum256([]byte(stateDir))
 	return "tine-" + hex.EncodeToString(sum[:4])
 }
@@ -32,10 +37,29 @@ const spareLaunchers = 4
 // jailConfig is the jail of a daemon on this host.
 func jailConfig(o cli.HostOptions) *jail.Config {
 	groups, err := cgroup.Open(cgroup.Config{Name: groupsName(o.StateDir), Disk: o.StateDir})
+	var total cgroup.Limits
+	if err == nil && groups.Support().Memory {
+		total.MemoryBytes = totalMemory(o.Isolation)
+	}
 	return &jail.Config{
+		Total:   total,
 		Command: LaunchRole(), Dir: filepath.Join(o.StateDir, "jail"), UIDs: jail.DefaultUIDs,
 		Groups: groups, NoGroups: err, Spare: spareLaunchers, Links: o.Isolation.MaxNetworks,
 	}
+}
+
+// totalMemory is what all machines together may have: what was asked for, or
+// nine tenths of the host's memory, so that what they take is taken from each
+// other and not from the host.
+func totalMemory(o cli.IsolationOptions) int64 {
+	if o.TotalMemoryMiB > 0 {
+		return int64(o.TotalMemoryMiB) << 20
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 0
+	}
+	return int64(info.Totalram) * int64(info.Unit) / 10 * 9
 }
 
 // netConfig is what sandboxes of a daemon on this host may reach at most.

@@ -4,7 +4,8 @@
 // It works with cgroup v2, with v1, and where a host has both. Under v1 a group
 // is a directory in each controller's hierarchy; under v2 it is one directory.
 // Groups are named by their owner and have no state but the kernel's: a process
-// that starts after its forerunner was killed finds them all by Names.
+// that starts after its forerunner was killed finds them all by Names, and by
+// GroupOf where the forerunner ran in another group than itself.
 package cgroup
 
 import (
@@ -16,6 +17,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -42,15 +44,21 @@ type Config struct {
 type Hierarchy struct {
 	kernel  kernel
 	name    string
+	proc    string // where the kernel tells of processes
+	mounts  []mount
 	trees   []*tree
 	by      map[string]*tree  // the tree of each controller that is there
 	missing map[string]string // why a controller cannot limit anything
 	device  string            // the disk's, as MAJOR:MINOR, or ""
+
+	mu    sync.Mutex
+	total Limits // what SetTotal has set last
 }
 
 // A tree is one mounted hierarchy, and our parent group in it.
 type tree struct {
 	v2          bool
+	key         string   // a controller that tells the hierarchy from others; "" is v2
 	base        string   // directory of the group that the parent lies in
 	parent      string   // directory of the parent
 	controllers []string // those that it is used for
@@ -102,7 +110,7 @@ func open(cfg Config, k kernel) (_ *Hierarchy, err error) {
 			*path = usual
 		}
 	}
-	h := &Hierarchy{kernel: k, name: cfg.Name, by: map[string]*tree{}, missing: map[string]string{}}
+	h := &Hierarchy{kernel: k, name: cfg.Name, proc: cfg.Proc, by: map[string]*tree{}, missing: map[string]string{}}
 	s := search{h: h, cfg: cfg}
 	if err = s.run(); err != nil {
 		return nil, fmt.Errorf("find control groups: %w", err)
@@ -155,7 +163,7 @@ func (h *Hierarchy) Create(name string, l Limits) (_ *Group, err error) {
 	defer func() { err = u.Run(err) }()
 	for _, t := range h.trees {
 		dir := t.dir(name)
-		if err = h.mkdir(t, dir); err != nil {
+		if err = h.mkdir(dir); err != nil {
 			return nil, fmt.Errorf("make group %s: %w", name, err)
 		}
 		u.Add(func() error { return h.kernel.rmdir(dir) })
@@ -170,12 +178,12 @@ func (h *Hierarchy) Create(name string, l Limits) (_ *Group, err error) {
 	return g, nil
 }
 
-// mkdir makes a group in t, and the parent anew should another process have
-// found it empty and removed it.
-func (h *Hierarchy) mkdir(t *tree, dir string) error {
+// mkdir makes a group, and the parent anew should another process have found it
+// empty and removed it.
+func (h *Hierarchy) mkdir(dir string) error {
 	err := h.kernel.mkdir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		if err = h.prepare(t); err == nil {
+		if err = h.restore(); err == nil {
 			err = h.kernel.mkdir(dir)
 		}
 	}
@@ -192,6 +200,10 @@ func (h *Hierarchy) prepare(t *tree) error {
 		return err
 	}
 	if err = h.inheritCPUs(t, t.parent); err != nil {
+		return err
+	}
+	// SetTotal says it when that cannot be had: groups do without.
+	if err = h.sumMemory(t); err != nil && !errors.Is(err, errdef.ErrConflict) {
 		return err
 	}
 	for _, c := range t.controllers {
@@ -287,18 +299,23 @@ func (h *Hierarchy) Names() ([]string, error) {
 }
 
 // Close removes the parent where it has no groups. A later Create makes it
-// again. The group into which Open has moved this process stays.
+// again, and sets its limits. The group into which Open has moved this process stays.
 func (h *Hierarchy) Close() error {
 	var all error
 	for _, t := range h.trees {
-		err := h.kernel.rmdir(t.parent)
-		gone := errors.Is(err, fs.ErrNotExist)
-		used := errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTEMPTY)
-		if err != nil && !gone && !used {
-			all = errors.Join(all, fmt.Errorf("remove parent group: %w", err))
-		}
+		all = errors.Join(all, h.removeParent(t.parent))
 	}
 	return all
+}
+
+// removeParent removes a parent that has no groups, and leaves any other.
+func (h *Hierarchy) removeParent(dir string) error {
+	err := h.kernel.rmdir(dir)
+	used := errors.Is(err, unix.EBUSY) || errors.Is(err, unix.ENOTEMPTY)
+	if err != nil && !gone(err) && !used {
+		return fmt.Errorf("remove parent group: %w", err)
+	}
+	return nil
 }
 
 func (t *tree) dir(name string) string { return filepath.Join(t.parent, name) }

@@ -44,7 +44,7 @@ func TestOpen(t *testing.T) {
 				f.mount("memory", "/docker/ab", "/docker/xy", false, "memory")
 				f.mount("pids", "/", "/", false, "pids")
 			},
-			version: 1, has: "pids", missing: []string{"memory: the group of this process, /docker/xy, is not below", "cpu:", "io:"},
+			version: 1, has: "pids", missing: []string{"memory: the group /docker/xy is not below", "cpu:", "io:"},
 			parents: "pids/tine",
 		},
 		"v1_all_in_one": {
@@ -489,7 +489,11 @@ func TestUsage(t *testing.T) {
 		host func(*fake)
 		want Usage
 	}{
-		"v1":          {v1Host, all},
+		"v1": {v1Host, all},
+		"v1_old": {
+			func(f *fake) { f.without = []string{"blkio.throttle.io_service_bytes_recursive"}; v1Host(f) },
+			func() Usage { u := all; u.ReadBytes, u.WriteBytes = 1, 2; return u }(),
+		},
 		"v2":          {v2Host("/"), all},
 		"v1_few":      {func(f *fake) { f.mount("pids", "/", "/", false, "pids") }, Usage{PIDs: 3}},
 		"v2_few":      {func(f *fake) { f.mount(".", "/", "/", true, "pids") }, Usage{PIDs: 3, CPU: 7 * time.Second}},

@@ -92,17 +92,23 @@ func (f *fake) mount(at, root, own string, v2 bool, controllers ...string) {
 		f.t.Fatal(err)
 	}
 	f.populate(point, controllers)
+	f.put(f.descend(point, strings.TrimPrefix(own, root), controllers), "cgroup.procs", strconv.Itoa(os.Getpid())+"\n")
+}
+
+// descend makes the groups on a path below point, and returns the last.
+func (f *fake) descend(point, path string, controllers []string) string {
+	f.t.Helper()
 	dir := point
-	for part := range strings.FieldsFuncSeq(strings.TrimPrefix(own, root), func(r rune) bool { return r == '/' }) {
-		if v2 {
+	for part := range strings.FieldsFuncSeq(path, func(r rune) bool { return r == '/' }) {
+		if f.v2(point) {
 			f.put(dir, "cgroup.subtree_control", strings.Join(controllers, " "))
 		}
 		dir = filepath.Join(dir, part)
-		if err := f.mkdir(dir); err != nil {
+		if err := f.mkdir(dir); err != nil && !errors.Is(err, fs.ErrExist) {
 			f.t.Fatal(err)
 		}
 	}
-	f.put(dir, "cgroup.procs", strconv.Itoa(os.Getpid())+"\n")
+	return dir
 }
 
 func (f *fake) put(dir, name, text string) {
@@ -185,7 +191,7 @@ func v1Files(controller string) map[string]string {
 	return map[string]map[string]string{
 		"memory": {
 			"memory.limit_in_bytes": none, "memory.memsw.limit_in_bytes": none, "memory.swappiness": "60",
-			"memory.usage_in_bytes": "100\n", "memory.max_usage_in_bytes": "200\n",
+			"memory.use_hierarchy": "0\n", "memory.usage_in_bytes": "100\n", "memory.max_usage_in_bytes": "200\n",
 			"memory.stat":        "rss 1\ncache 1\ntotal_rss 60\ntotal_cache 30\n",
 			"memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
 		},
@@ -195,7 +201,8 @@ func v1Files(controller string) map[string]string {
 		"pids":    {"pids.max": "max", "pids.current": "3\n"},
 		"blkio": {
 			"blkio.throttle.read_bps_device": "", "blkio.throttle.write_bps_device": "",
-			"blkio.throttle.io_service_bytes": "8:0 Read 10\n8:0 Write 20\n9:0 Read 1\nTotal 31\n",
+			"blkio.throttle.io_service_bytes":           "8:0 Read 1\n8:0 Write 2\n9:0 Read 1\nTotal 4\n",
+			"blkio.throttle.io_service_bytes_recursive": "8:0 Read 10\n8:0 Write 20\n9:0 Read 1\nTotal 31\n",
 		},
 		"freezer": {"freezer.state": "THAWED"},
 	}[controller]
@@ -228,7 +235,18 @@ func (f *fake) mkdir(dir string) error {
 		controllers = strings.Fields(string(data))
 	}
 	f.populate(dir, controllers)
+	if f.get(f.below(dir, summed)) == "0" {
+		f.put(dir, summed, f.get(f.below(filepath.Dir(dir), summed))) // it is handed down
+	}
 	return nil
+}
+
+// summed is 1 where a group of v1 counts the memory of those in it as its own.
+const summed = "memory.use_hierarchy"
+
+// below is what get calls a file of a directory.
+func (f *fake) below(dir, name string) string {
+	return strings.TrimPrefix(filepath.Join(dir, name), f.cfg.Root)
 }
 
 func (f *fake) rmdir(dir string) error {
@@ -265,6 +283,10 @@ func (f *fake) write(file, text string) error {
 		return f.move(filepath.Clean(dir), text)
 	case "cgroup.kill":
 		f.put(dir, "cgroup.procs", "")
+	case summed:
+		if inside, globErr := filepath.Glob(dir + "*/cgroup.procs"); globErr != nil || len(inside) > 0 {
+			return refusal("write", file, errors.Join(globErr, unix.EBUSY))
+		}
 	case "memory.limit_in_bytes", "memory.memsw.limit_in_bytes":
 		if err = swapRule(dir, name, text); err != nil {
 			return refusal("write", file, err)
@@ -298,7 +320,7 @@ func (f *fake) handDown(dir, old, text string) error {
 	for _, e := range entries {
 		if e.IsDir() {
 			below := filepath.Join(dir, e.Name())
-			f.put(below, "cgroup.controllers", f.get(strings.TrimPrefix(filepath.Join(dir, "cgroup.subtree_control"), f.cfg.Root)))
+			f.put(below, "cgroup.controllers", f.get(f.below(dir, "cgroup.subtree_control")))
 			files := map[string]string{}
 			f.enabled(below, []string{controller}, files)
 			for name, content := range files {
@@ -313,7 +335,7 @@ func (f *fake) handDown(dir, old, text string) error {
 
 // move puts a process into a group, and takes it out of the one it is in.
 func (f *fake) move(dir, pid string) error {
-	if f.v2(dir) && f.get(strings.TrimPrefix(dir, f.cfg.Root)+"/cgroup.subtree_control") != "" && !isRoot(dir) {
+	if f.v2(dir) && f.get(f.below(dir, "cgroup.subtree_control")) != "" && !isRoot(dir) {
 		return refusal("write", dir, unix.EBUSY)
 	}
 	err := filepath.WalkDir(f.point(dir), func(path string, e fs.DirEntry, err error) error {

@@ -19,7 +19,6 @@ import (
 type search struct {
 	h        *Hierarchy
 	cfg      Config
-	mounts   []mount
 	members  []membership
 	denied   bool // something is there, and is not for this user
 	occupied bool // other processes are in our group of v2
@@ -30,7 +29,7 @@ func (s *search) run() error {
 	if err != nil {
 		return err
 	}
-	s.mounts = slices.DeleteFunc(parseMounts(data), func(m mount) bool { return !within(s.cfg.Root, m.point) })
+	s.h.mounts = slices.DeleteFunc(parseMounts(data), func(m mount) bool { return !within(s.cfg.Root, m.point) })
 	data, err = readFile(filepath.Join(s.cfg.Proc, "self/cgroup"))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // without the file the kernel has none
 		return err
@@ -81,7 +80,7 @@ func (s *search) reasons() string {
 func (s *search) verdict() error {
 	why := s.reasons()
 	switch {
-	case len(s.mounts) == 0:
+	case len(s.h.mounts) == 0:
 		err := fmt.Errorf("%w: no control groups are mounted below %s", errdef.ErrUnsupported, s.cfg.Root)
 		return errdef.WithHint(err, "mount -t cgroup2 cgroup2 "+s.cfg.Root)
 	case s.denied:
@@ -99,21 +98,18 @@ func (s *search) verdict() error {
 
 // mountedV1 reports whether v1 has the controller, so that v2 cannot.
 func (s *search) mountedV1(controller string) bool {
-	return slices.ContainsFunc(s.mounts, func(m mount) bool { return !m.v2 && slices.Contains(m.options, controller) })
+	return slices.ContainsFunc(s.h.mounts, func(m mount) bool { return m.has(controller) })
 }
 
 var errNotMounted = errors.New("not mounted")
 
 // v1 finds a controller in the hierarchies of v1.
 func (s *search) v1(controller string) error {
-	base, err := s.base(
-		func(m mount) bool { return !m.v2 && slices.Contains(m.options, controller) },
-		func(m membership) bool { return slices.Contains(m.controllers, controller) },
-	)
+	base, err := s.base(controller)
 	if err != nil {
 		return err
 	}
-	t := s.tree(base, false)
+	t := s.tree(base, controller)
 	if !slices.Contains(s.h.trees, t) {
 		if err = s.h.prepare(t); err != nil {
 			return err
@@ -124,13 +120,14 @@ func (s *search) v1(controller string) error {
 }
 
 // tree returns the tree of the group base, which other controllers may share.
-func (s *search) tree(base string, v2 bool) *tree {
+// With "" for a controller it is v2's.
+func (s *search) tree(base, controller string) *tree {
 	for _, t := range s.h.trees {
 		if t.base == base {
 			return t
 		}
 	}
-	return &tree{v2: v2, base: base, parent: filepath.Join(base, s.cfg.Name)}
+	return &tree{v2: controller == "", key: controller, base: base, parent: filepath.Join(base, s.cfg.Name)}
 }
 
 // use takes a controller of t into use if the kernel has all of it.
@@ -157,7 +154,7 @@ func (s *search) use(t *tree, controller string) error {
 // v2 finds the hierarchy of v2 and, in it, the controllers that v1 does not
 // have. Where it has none, it still serves to end the processes of a group.
 func (s *search) v2() error {
-	base, err := s.base(func(m mount) bool { return m.v2 }, func(m membership) bool { return m.controllers == nil })
+	base, err := s.base("")
 	if err != nil {
 		return err
 	}
@@ -165,7 +162,7 @@ func (s *search) v2() error {
 	if filepath.Base(base) == s.cfg.Name+"-daemon" {
 		base = filepath.Dir(base) // we, or who started us, have been here before
 	}
-	t := s.tree(base, true)
+	t := s.tree(base, "")
 	data, err := readFile(filepath.Join(base, "cgroup.controllers"))
 	if err != nil {
 		return err
@@ -209,25 +206,42 @@ func isRoot(dir string) bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// base finds the directory of the group that this process is in.
-func (s *search) base(want func(mount) bool, in func(membership) bool) (string, error) {
-	i := slices.IndexFunc(s.members, in)
-	if i < 0 {
+// base finds the directory of the group that this process is in, under a
+// controller of v1 or, with "", under v2.
+func (s *search) base(controller string) (string, error) {
+	path, ok := pathUnder(s.members, controller)
+	if !ok {
 		return "", errNotMounted
 	}
+	return s.h.directory(controller, path)
+}
+
+// pathUnder finds the group that a process is in under a controller of v1 or,
+// with "", under v2.
+func pathUnder(members []membership, controller string) (path string, ok bool) {
+	i := slices.IndexFunc(members, func(m membership) bool { return m.has(controller) })
+	if i < 0 {
+		return "", false
+	}
+	return members[i].path, true
+}
+
+// directory finds where the group path can be seen, under a controller of v1
+// or, with "", under v2.
+func (h *Hierarchy) directory(controller, path string) (string, error) {
 	err := errNotMounted
-	for _, m := range slices.Backward(s.mounts) { // a later one hides what is below it
-		if !want(m) {
+	for _, m := range slices.Backward(h.mounts) { // a later one hides what is below it
+		if !m.has(controller) {
 			continue
 		}
-		below, ok := relative(m.root, s.members[i].path)
+		below, ok := relative(m.root, path)
 		if dir := filepath.Join(m.point, below); ok {
 			if _, err = os.Stat(dir); err == nil {
 				return dir, nil
 			}
 			continue
 		}
-		err = fmt.Errorf("the group of this process, %s, is not below that at %s", s.members[i].path, m.point)
+		err = fmt.Errorf("the group %s is not below that at %s", path, m.point)
 	}
 	return "", err
 }

@@ -21,6 +21,7 @@ import (
 type Group struct {
 	h    *Hierarchy
 	name string
+	old  []string // parents that go with the group, for it is not in ours
 }
 
 // Name is the group's name below its parent.
@@ -93,13 +94,17 @@ func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(e
 
 // Remove removes the group, which must have no processes but such that are on
 // their way out: for these it waits until ctx ends, and then returns
-// errdef.ErrConflict. A group that does not exist is no error.
+// errdef.ErrConflict. A group that does not exist is no error. The parent of a
+// group that GroupOf has found elsewhere is removed too when that was its last.
 func (g *Group) Remove(ctx context.Context) error {
 	var all error
 	for _, t := range g.h.trees {
 		if err := g.remove(ctx, t.dir(g.name)); err != nil {
 			all = errors.Join(all, fmt.Errorf("remove group %s: %w", g.name, err))
 		}
+	}
+	for _, dir := range g.old {
+		all = errors.Join(all, g.h.removeParent(dir))
 	}
 	return all
 }

@@ -76,6 +76,10 @@ func play(role string) error {
 			err = errors.New("there was enough for all of it")
 		}
 		return err
+	case "meal":
+		if err = eat(meal); err != nil {
+			return err
+		}
 	case "spin":
 		for {
 			runtime.Gosched()
@@ -93,6 +97,7 @@ func play(role string) error {
 
 const (
 	feast = 256 << 20
+	meal  = 80 << 20
 	snack = 16 << 20
 )
 
@@ -117,8 +122,8 @@ var nap = unix.Timespec{Nsec: int64(time.Millisecond)}
 //go:nosplit
 func bomb() {
 	for {
-		unix.RawSyscall(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0)
-		unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, uintptr(unsafe.Pointer(&nap)), 0, 0, 0)
+		_, _, _ = unix.RawSyscall(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0)
+		_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, 0, 0, uintptr(unsafe.Pointer(&nap)), 0, 0, 0)
 	}
 }
 

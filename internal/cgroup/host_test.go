@@ -57,7 +57,7 @@ func realHost(t *testing.T, needs ...string) host {
 // sweep ends and removes all groups of a test.
 func (h host) sweep(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
 	defer cancel()
 	for _, name := range h.names(t) {
 		g, err := h.Group(h.prefix + name)
@@ -170,13 +170,15 @@ func until(t *testing.T, g *Group, what string, want func(Usage) bool) Usage {
 	}
 }
 
-func killed(err error) bool {
+func killed(err error) bool { return endedBy(err, syscall.SIGKILL) }
+
+func endedBy(err error, signal syscall.Signal) bool {
 	exit, ok := errors.AsType[*exec.ExitError](err)
 	if !ok {
 		return false
 	}
 	status, ok := exit.Sys().(syscall.WaitStatus)
-	return ok && status.Signal() == syscall.SIGKILL
+	return ok && status.Signal() == signal
 }
 
 func alive(t *testing.T, g *Group, cmd *exec.Cmd) {
@@ -416,5 +418,158 @@ func TestHostCreatorIsKilled(t *testing.T) {
 	}
 	if names := h.names(t); len(names) > 0 {
 		t.Errorf("names %v", names)
+	}
+}
+
+// A process finds the groups of one that ran in another group, as a daemon does
+// that is started again in another session.
+func TestHostGroupOf(t *testing.T) {
+	t.Parallel()
+	h := realHost(t, pids)
+	session := h.group(t, "session", Limits{})
+	earlier := h.inside(t, session)
+	creator := run(t, session, "creator", h.name+"/orphan")
+	if err := creator.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := creator.Wait(); !killed(err) {
+		t.Errorf("it ended with %v", err)
+	}
+	orphan := &Group{h: earlier, name: "orphan"}
+	all, err := orphan.pids()
+	if err != nil || len(all) != 1 {
+		t.Fatalf("it has left the processes %v, %v", all, err)
+	}
+	for pid, name := range map[int]string{all[0]: "other", os.Getpid(): "orphan", 1 << 30: "orphan"} {
+		if _, err = h.GroupOf(pid, name); !errors.Is(err, errdef.ErrNotFound) {
+			t.Errorf("process %d, group %s: %v", pid, name, err)
+		}
+	}
+	g, err := h.GroupOf(all[0], "orphan")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err = g.Set(Limits{PIDs: 60}); err != nil {
+		t.Error(err)
+	}
+	if data, readErr := readFile(filepath.Join(earlier.by[pids].dir("orphan"), "pids.max")); string(data) != "60\n" {
+		t.Errorf("the limit is %q, %v", data, readErr)
+	}
+	until(t, g, "a process that goes on", func(u Usage) bool { return u.PIDs > 0 })
+	alive(t, orphan, run(t, g, "idle", ""))
+	if err = errors.Join(g.Kill(t.Context()), g.Remove(t.Context())); err != nil {
+		t.Error(err)
+	}
+	for _, tr := range earlier.trees {
+		if _, err = os.Stat(tr.parent); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", tr.parent, err)
+		}
+	}
+	if _, err = h.GroupOf(all[0], "orphan"); !errors.Is(err, errdef.ErrNotFound) {
+		t.Errorf("it is found again: %v", err)
+	}
+}
+
+// inside is the hierarchy of a process that opens one in a group. It is taken
+// away at the end of the test.
+func (h host) inside(t *testing.T, g *Group) *Hierarchy {
+	t.Helper()
+	var parents []string
+	for _, tr := range h.trees {
+		parents = append(parents, filepath.Join(tr.dir(g.Name()), h.name))
+	}
+	inner := h.below(parents)
+	t.Cleanup(func() {
+		host{inner, ""}.sweep(t)
+		err := inner.Close()
+		for _, dir := range parents {
+			if rmErr := h.kernel.rmdir(dir + "-daemon"); !errors.Is(rmErr, os.ErrNotExist) {
+				err = errors.Join(err, rmErr)
+			}
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	return inner
+}
+
+func TestHostGroupOfOurs(t *testing.T) {
+	t.Parallel()
+	h := realHost(t)
+	g := h.group(t, "a", Limits{})
+	cmd := run(t, g, "idle", "")
+	found, err := h.GroupOf(cmd.Process.Pid, g.Name())
+	if err != nil || len(found.old) > 0 {
+		t.Fatalf("%+v, %v", found, err)
+	}
+	alive(t, found, cmd)
+}
+
+// limitAll bounds all groups until the end of the test. Such a test may not be
+// parallel to others: these share the parent.
+func (h host) limitAll(t *testing.T, l Limits) {
+	t.Helper()
+	t.Cleanup(func() {
+		if err := h.SetTotal(Limits{}); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := h.SetTotal(l); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Two groups that each stay within their limit are too much together. The
+// kernel ends the larger one's process. The test runs alone, for it bounds the
+// others' groups too.
+func TestHostTotalMemory(t *testing.T) {
+	const each, most = feast / 2, 6 * snack
+	h := realHost(t, memory)
+	h.limitAll(t, Limits{MemoryBytes: most})
+	outside := run(t, nil, "idle", "")
+	small, large := h.group(t, "small", Limits{MemoryBytes: each}), h.group(t, "large", Limits{MemoryBytes: each})
+	goesOn, ends := run(t, small, "hold", ""), run(t, large, "meal", "")
+	u := until(t, large, "a kill", func(u Usage) bool { return u.OOMKills > 0 })
+	if err := ends.Wait(); !killed(err) || u.PeakBytes >= most {
+		t.Errorf("it ended with %v and had %d bytes", err, u.PeakBytes)
+	}
+	alive(t, small, goesOn)
+	if u, err := small.Usage(); err != nil || u.OOMKills != 0 || u.PeakBytes >= most {
+		t.Errorf("the other group: %+v, %v", u, err)
+	}
+	// The kernel lets a process that it ends have a few pages more.
+	if u, err := h.Total(); err != nil || u.PeakBytes < most-snack || u.PeakBytes >= each {
+		t.Errorf("both together: %+v, %v", u, err)
+	}
+	if err := outside.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Error(err)
+	}
+	if err := outside.Wait(); !endedBy(err, syscall.SIGTERM) {
+		t.Errorf("the process outside ended with %v before", err)
+	}
+}
+
+// It runs alone like the one before.
+func TestHostTotalPIDs(t *testing.T) {
+	const most, each = 40, 30
+	h := realHost(t, pids, cpu)
+	h.limitAll(t, Limits{PIDs: most})
+	groups := []*Group{h.group(t, "a", Limits{PIDs: each}), h.group(t, "b", Limits{PIDs: each})}
+	for _, g := range groups {
+		run(t, g, "bomb", "")
+	}
+	if err := h.SetTotal(Limits{PIDs: most, CPUMillis: 100}); err != nil { // they have started, and go on
+		t.Fatal(err)
+	}
+	u := until(t, h.all(), "as many as may be", func(u Usage) bool { return u.PIDs >= most && u.Throttled > 0 })
+	if total, err := h.Total(); err != nil || u.PIDs > most || total.PIDs > most || total.CPU == 0 {
+		t.Errorf("%+v, %v", total, err)
+	}
+	if _, err := h.Create(h.prefix+"c", Limits{CPUMillis: 500}); !h.by[cpu].v2 && (!errors.Is(err, errdef.ErrInvalid) || errdef.Hint(err) == "") {
+		t.Errorf("more processor time than all: %v", err)
+	}
+	if err := h.SetTotal(Limits{PIDs: most}); err != nil { // or they would end slowly
+		t.Error(err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -17,12 +18,21 @@ type membership struct {
 	path        string
 }
 
+// has reports whether the hierarchy is that of a controller of v1 or, with "",
+// that of v2.
+func (m membership) has(controller string) bool {
+	if controller == "" {
+		return m.controllers == nil
+	}
+	return slices.Contains(m.controllers, controller)
+}
+
 func parseMemberships(data []byte) ([]membership, error) {
 	var all []membership
 	for line := range strings.Lines(string(data)) {
 		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
 		if len(fields) != 3 || !strings.HasPrefix(fields[2], "/") {
-			return nil, fmt.Errorf("%w: line %q of /proc/self/cgroup", errdef.ErrInvalid, line)
+			return nil, fmt.Errorf("%w: line %q of /proc/PID/cgroup", errdef.ErrInvalid, line)
 		}
 		m := membership{path: fields[2]}
 		if fields[1] != "" {
@@ -39,6 +49,14 @@ type mount struct {
 	point   string
 	v2      bool
 	options []string // under v1 the controllers are among them
+}
+
+// has is like that of a membership.
+func (m mount) has(controller string) bool {
+	if controller == "" {
+		return m.v2
+	}
+	return !m.v2 && slices.Contains(m.options, controller)
 }
 
 // parseMounts returns the mounts of control groups in /proc/PID/mountinfo, as

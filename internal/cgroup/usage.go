@@ -134,10 +134,13 @@ func duration(n int64, unit time.Duration) time.Duration {
 }
 
 func (r *reading) io(u *Usage) {
-	name := "blkio.throttle.io_service_bytes"
+	const v1 = "blkio.throttle.io_service_bytes"
+	var data []byte
 	if r.isV2(blkio) {
-		name = "io.stat"
+		data = r.file(blkio, "io.stat")
+	} else if data = r.file(blkio, v1+"_recursive"); len(data) == 0 { // the groups below included
+		data = r.file(blkio, v1) // the kernel is older
 	}
-	read, written, err := parseIO(r.file(blkio, name), r.g.h.device)
+	read, written, err := parseIO(data, r.g.h.device)
 	u.ReadBytes, u.WriteBytes = r.keep(read, err), written
 }

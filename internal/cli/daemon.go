@@ -56,6 +56,7 @@ files does too.`,
 	isolation := &a.flags.isolation
 	f.StringArrayVar(&isolation.NetPrivate, "net-private", nil, "let sandboxes be given rules for the private network `CIDR`; may be repeated (default none)")
 	f.StringArrayVar(&isolation.NetResolvers, "net-resolver", nil, "name server `ADDRESS[:PORT]` for sandboxes; may be repeated (default the host's)")
+	f.IntVar(&isolation.TotalMemoryMiB, "total-memory", 0, "let all machines together have `MIB` of memory (default nine tenths of the host's)")
 	f.IntVar(&isolation.MaxNetworks, "max-networks", 0, "refuse more than `N` sandboxes with a network card (default 4096)")
 	f.IntVar(&opts.Branches, "branch-concurrency", 0, "take or write at most `N` branches at once (default 4)")
 	f.IntVar(&opts.KeepBranches, "keep-branches", 0, "keep the last `N` branches without a name of each sandbox (default all)")

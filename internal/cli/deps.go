@@ -46,6 +46,9 @@ type IsolationOptions struct {
 	// NetPrivate are the private networks that callers may open to sandboxes, and
 	// NetResolvers the name servers; none means the host's.
 	NetPrivate, NetResolvers []string
+	// TotalMemoryMiB is what all machines together may have; 0: nine tenths of
+	// the host's memory.
+	TotalMemoryMiB int
 	// MaxNetworks is how many sandboxes may have a network; 0 is the default.
 	MaxNetworks int
 }

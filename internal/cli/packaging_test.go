@@ -70,9 +70,14 @@ func TestUnit(t *testing.T) {
 	if o := served(t); o.OnStop != "leave" {
 		t.Errorf("a restart would %s sandboxes", o.OnStop)
 	}
-	for _, line := range []string{"KillMode=process", "OOMPolicy=continue", "User=tine", "StateDirectory=tine", "CapabilityBoundingSet="} {
+	for _, line := range []string{"KillMode=process", "OOMPolicy=continue", "User=tine", "StateDirectory=tine", "CapabilityBoundingSet=", "DeviceAllow=/dev/net/tun rw"} {
 		if !strings.Contains(text, "\n"+line+"\n") {
 			t.Errorf("it does not say %s", line)
+		}
+	}
+	for _, line := range []string{"RestrictNamespaces", "ProtectControlGroups"} {
+		if strings.Contains(text, "\n"+line+"=") {
+			t.Errorf("with %s there is no jail", line)
 		}
 	}
 	analyze, err := exec.LookPath("systemd-analyze")

@@ -18,6 +18,7 @@ import (
 	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // root makes a tree of files to stand for /proc and /sys.
@@ -209,6 +210,28 @@ func TestStateDirectory(t *testing.T) {
 	}
 }
 
+func TestIsolation(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		check  func(vmm.Caps) Check
+		caps   vmm.Caps
+		status Status
+		says   string
+	}{
+		"no-jail":      {jailCheck, vmm.Caps{JailLacks: []string{"all of it"}}, Warn, "none: all of it"},
+		"half-a-jail":  {jailCheck, vmm.Caps{Jail: true, JailLacks: []string{"Landlock", "users"}}, Warn, "it lacks Landlock; users"},
+		"jail":         {jailCheck, vmm.Caps{Jail: true}, OK, "Landlock"},
+		"no-limits":    {limitsCheck, vmm.Caps{}, Warn, "none on memory, processors, processes, disk bandwidth"},
+		"some-limits":  {limitsCheck, vmm.Caps{Limits: vmm.LimitSupport{Memory: true, CPU: true}}, Warn, "none on processes, disk bandwidth"},
+		"no-networks":  {networkCheck, vmm.Caps{}, Warn, "no network card"},
+		"with-network": {networkCheck, vmm.Caps{Net: true}, OK, "of their own"},
+	} {
+		if c := tt.check(tt.caps); c.Status != tt.status || !strings.Contains(c.Detail, tt.says) {
+			t.Errorf("%s: %+v", name, c)
+		}
+	}
+}
+
 func TestSocketPath(t *testing.T) {
 	t.Parallel()
 	for n, want := range map[int]Status{maxStateDir: OK, maxStateDir + 1: Fail} {
@@ -225,6 +248,7 @@ func TestEngines(t *testing.T) {
 	tcg := engines.Report{Name: engines.QEMUTCG, Usable: true, Reason: "always", Version: "7.2"}
 	noTCG := engines.Report{Name: engines.QEMUTCG, Reason: "no QEMU", Hint: "install it", Err: errdef.ErrUnavailable}
 	fire := engines.Report{Name: engines.Firecracker, Reason: "not in this version", Err: errdef.ErrUnsupported}
+	tcg.Caps = vmm.Caps{Jail: true, Net: true, Limits: vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}}
 	tests := map[string]struct {
 		wish    string
 		reports []engines.Report
@@ -232,6 +256,9 @@ func TestEngines(t *testing.T) {
 	}{
 		"usual": {"", []engines.Report{fire, kvm, tcg}, []Check{
 			{"engine", OK, "auto means qemu-tcg", ""},
+			{"jail", OK, "a user, namespaces, a root, a system call filter and Landlock for each machine", ""},
+			{"limits", OK, "on memory, processors, processes, disk bandwidth", ""},
+			{"network", OK, "machines can have a network card, in a namespace of their own", ""},
 			{"engine firecracker", Skip, "not in this version", ""},
 			{"engine qemu-kvm", Warn, "no vmx", "buy one"},
 			{"engine qemu-tcg", OK, "7.2: always", ""},

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/jail"
 )
 
 // anyNumber of runs: those killed early may not have been noted.
@@ -207,6 +208,25 @@ func TestNoQEMU(t *testing.T) {
 	}
 }
 
+// Where there can be no jail there is an engine all the same, which says so,
+// unless a jail is required.
+func TestRequireJail(t *testing.T) {
+	t.Parallel()
+	h := fakeHost(t, "works")
+	h.cfg.Name = QEMUTCG
+	h.cfg.Jail = &jail.Config{
+		Command: []string{"/no/such/launcher"}, Dir: filepath.Join(t.TempDir(), "jail"), UIDs: filepath.Join(t.TempDir(), "uids"),
+	}
+	engine, err := h.choose(t.Context())
+	if err != nil || engine.Caps().Jail || len(engine.Caps().JailLacks) == 0 {
+		t.Fatalf("without a jail: %v, %v", engine, err)
+	}
+	h.cfg.RequireJail = true
+	if engine, err = h.choose(t.Context()); !errors.Is(err, errdef.ErrUnsupported) || errdef.Hint(err) == "" {
+		t.Errorf("a jail is required: %v, %v, hint %q", engine, err, errdef.Hint(err))
+	}
+}
+
 func TestSurvey(t *testing.T) {
 	t.Parallel()
 	want := []Report{
@@ -215,7 +235,12 @@ func TestSurvey(t *testing.T) {
 		{Name: QEMUTCG, Usable: true, Reason: "software emulation, on any host", Version: "9.9.9 (fake)"},
 	}
 	got := fakeHost(t, "works").survey(t.Context())
-	if diff := cmp.Diff(want, got, cmpopts.EquateErrors()); diff != "" {
+	for _, r := range got {
+		if r.Usable != (r.Caps.MaxVCPUs > 0) {
+			t.Errorf("%s can do %+v", r.Name, r.Caps)
+		}
+	}
+	if diff := cmp.Diff(want, got, cmpopts.EquateErrors(), cmpopts.IgnoreFields(Report{}, "Caps")); diff != "" {
 		t.Error(diff)
 	}
 }

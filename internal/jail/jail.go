@@ -45,6 +45,8 @@ type Config struct {
 	// Groups limits what programs take; nil: nothing does, for the reason NoGroups.
 	Groups   *cgroup.Hierarchy
 	NoGroups error
+	// Total limits all programs together; zero fields are no limits.
+	Total cgroup.Limits
 	// Spare is how many launchers wait for work.
 	Spare int
 	// Links is how many programs may have a network at once; 0: DefaultLinks.
@@ -99,6 +101,11 @@ func Open(ctx context.Context, cfg Config) (*Jail, error) {
 		}
 		if err != nil {
 			return nil, fmt.Errorf("user ids of jail: %w", err)
+		}
+	}
+	if cfg.Groups != nil {
+		if err = cfg.Groups.SetTotal(cfg.Total); err != nil {
+			return nil, fmt.Errorf("limit all of jail: %w", err)
 		}
 	}
 	if j.tree, err = makeTree(ctx, cfg.Dir, cfg.Program, cfg.Others); err != nil {
@@ -159,6 +166,9 @@ func (j *Jail) Close() error {
 	var errs []error
 	for _, c := range spare {
 		errs = append(errs, c.Close())
+	}
+	if j.cfg.Groups != nil {
+		errs = append(errs, j.cfg.Groups.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -321,10 +331,11 @@ func (j *Jail) Sweep(ctx context.Context, inUse func(name string) bool) error {
 // DefaultUIDs is the directory that daemons of one host share; see Config.UIDs.
 const DefaultUIDs = "/run/tine/uids"
 
-// Group finds the control group of a program that runs, by Process.Name.
-func (j *Jail) Group(name string) (*cgroup.Group, error) {
+// Group finds the control group of a program that runs, by its process and
+// Process.Name, wherever the daemon that started it was in the hierarchy.
+func (j *Jail) Group(pid int, name string) (*cgroup.Group, error) {
 	if j.cfg.Groups == nil {
 		return nil, fmt.Errorf("%w: control group %s", errdef.ErrNotFound, name)
 	}
-	return j.cfg.Groups.Group(name)
+	return j.cfg.Groups.GroupOf(pid, name)
 }

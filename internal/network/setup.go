@@ -116,8 +116,10 @@ func configure() error {
 		"ipv6/conf/" + tapName + "/disable_ipv6": "1",
 		"ipv4/conf/" + tapName + "/rp_filter":    "0", // the rules look at the source
 	} {
+		// They only save work: the rules drop IPv6, and where /proc/sys is read-only,
+		// as under systemd's ProtectKernelTunables, the defaults do.
 		err := os.WriteFile("/proc/sys/net/"+name, []byte(value), 0o600)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.EROFS) {
 			return err
 		}
 	}

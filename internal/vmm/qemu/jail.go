@@ -76,11 +76,11 @@ func (e *Engine) firstFD() int {
 }
 
 // group finds the control group of a machine that an earlier process started.
-func (e *Engine) group(name string) *cgroup.Group {
+func (e *Engine) group(pid int, name string) *cgroup.Group {
 	if e.jail == nil || name == "" {
 		return nil
 	}
-	group, err := e.jail.Group(name)
+	group, err := e.jail.Group(pid, name)
 	if err != nil {
 		e.log.Warn("control group of a machine is not there", "group", name, "error", err)
 		return nil

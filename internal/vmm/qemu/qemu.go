@@ -227,7 +227,7 @@ func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 	if e.jail != nil && len(h.Link) > 0 {
 		release = e.jail.Adopt()
 	}
-	return newVM(h, &adopted{p: process, release: release}, nil, e.group(h.Group), e.log), nil
+	return newVM(h, &adopted{p: process, release: release}, nil, e.group(h.PID, h.Group), e.log), nil
 }
 
 // cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
