@@ -347,12 +347,14 @@ func (m *Manager) findSecrets(id string) ([]egress.Secret, error) {
 	return secrets, nil
 }
 
-// reconnect gives a machine that an earlier daemon started its network again.
-func (b *box) reconnect(vm vmm.VM) (err error) {
-	if b.record.Net != nil {
-		if b.record.Net.Secrets, err = b.m.findSecrets(b.id); err != nil {
-			return err
-		}
+// recallSecrets completes the record of a sandbox that an earlier daemon had,
+// whether it runs or is suspended.
+func (m *Manager) recallSecrets(r *record) (err error) {
+	if r.Net == nil {
+		return nil
 	}
-	return b.connect(vm)
+	if r.Net.Secrets, err = m.findSecrets(r.ID); err != nil {
+		r.Net = nil // what it may reach was for requests with them
+	}
+	return err
 }
