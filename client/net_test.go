@@ -43,8 +43,8 @@ func TestNet(t *testing.T) {
 	no := false
 	n, err = c.SetNet(t.Context(), id, nil, &no)
 	expect(n, err)
-	if rows, err := c.Nets(t.Context()); err != nil || len(rows) != 1 || rows[0].ID != id || rows[0].Inspect {
-		t.Errorf("%+v, %v", rows, err)
+	if rows, listErr := c.Nets(t.Context()); listErr != nil || len(rows) != 1 || rows[0].ID != id || rows[0].Inspect {
+		t.Errorf("%+v, %v", rows, listErr)
 	}
 	if _, err = c.CollectNets(t.Context()); !errors.Is(err, errdef.ErrUnsupported) {
 		t.Errorf("collect: %v", err)
@@ -66,8 +66,8 @@ func TestLimits(t *testing.T) {
 	if err != nil || box.Limits.CPUMillis != 250 || box.Limits.MemoryMiB != boxes[0].Limits.MemoryMiB {
 		t.Errorf("%+v, %v", box.Limits, err)
 	}
-	if u, err := c.Usage(t.Context(), boxes[0].ID); err != nil || u.PIDs == 0 || u.CPUSecs == 0 {
-		t.Errorf("%+v, %v", u, err)
+	if u, usageErr := c.Usage(t.Context(), boxes[0].ID); usageErr != nil || u.PIDs == 0 || u.CPUSecs == 0 {
+		t.Errorf("%+v, %v", u, usageErr)
 	}
 	if _, err = c.Limit(t.Context(), boxes[0].ID, client.LimitChange{}); !errors.Is(err, errdef.ErrInvalid) {
 		t.Errorf("nothing to change: %v", err)

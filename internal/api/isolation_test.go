@@ -108,7 +108,9 @@ func TestLimitSandbox(t *testing.T) {
 		expectError(t, "PATCH", path, bad, 400, "invalid")
 	}
 	expectError(t, "PATCH", url+"/v1/sandboxes/none/limits", `{"cpu_limit":1}`, 404, "not_found")
-	b.Fail = func(op string) error { return fmt.Errorf("%w: this host limits nothing: %s", errdef.ErrUnsupported, op) }
+	b.Fail = func(op string) error {
+		return fmt.Errorf("%w: this host limits nothing: %s", errdef.ErrUnsupported, op)
+	}
 	expectError(t, "PATCH", path, `{"cpu_limit":1}`, 501, "unsupported")
 	expectError(t, "GET", url+"/v1/sandboxes/sb-1/usage", "", 501, "unsupported")
 }

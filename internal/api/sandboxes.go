@@ -99,7 +99,7 @@ func (s *server) discard(ctx context.Context, results []sandbox.ForkResult) erro
 func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 	req := sandbox.ForkRequest{
 		Snapshot: b.SnapshotTag, N: or(b.N, 1), AllOrNothing: or(b.AllOrNothing, true), NoPool: !or(b.Pool, true),
-		Labels: b.Labels,
+		Labels:      b.Labels,
 		IdleSuspend: b.IdleAction == wire.CreateSandboxesRequestIdleActionSuspend, Secrets: b.Secrets, KeepSecrets: b.KeepSecrets,
 	}
 	switch {

@@ -15,7 +15,6 @@ import (
 	"github.com/tinevm/tine/client"
 	"github.com/tinevm/tine/internal/api/apitest"
 	"github.com/tinevm/tine/internal/cli"
-	"github.com/tinevm/tine/internal/egress"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/progress"
 )
@@ -148,11 +147,11 @@ func TestDeniedIsShown(t *testing.T) {
 	}
 	run("snapshot", "create", "web", "--image", "py", "--net")
 	run("fork", "--snapshot", "web")
-	b.Deny("sb-1", "dns", "a';reboot;'.example", egress.UnknownName)
-	b.Deny("sb-1", "tcp", "\x1b[2J\n\u202e", egress.WrongServerName)
-	b.Deny("sb-1", "tcp", "169.254.169.254:80", egress.LinkLocal)
-	b.Deny("sb-1", "dns", "api.example.com.", egress.UnknownName)
-	b.Deny("sb-1", "udp", "203.0.113.7:53000", egress.NoRule)
+	b.Deny("sb-1", "dns", "a';reboot;'.example", "unknown_name")
+	b.Deny("sb-1", "tcp", "\x1b[2J\n\u202e", "wrong_server_name")
+	b.Deny("sb-1", "tcp", "169.254.169.254:80", "link_local")
+	b.Deny("sb-1", "dns", "api.example.com.", "unknown_name")
+	b.Deny("sb-1", "udp", "203.0.113.7:53000", "no_rule")
 	out, errs := run("net", "show", "sb-1")
 	for _, want := range []string{
 		"dns api.example.com.", "no rule is for that name", "1 times", "169.254.169.254:80", "never: link-local", `"\x1b[2J\n\u202e"`,

@@ -197,9 +197,9 @@ func usages(ctx context.Context, c *client.Client, ids []string) ([]boxUsage, er
 
 func namedBoxes(ctx context.Context, c *client.Client, ids []string) (boxes []client.Sandbox, err error) {
 	for _, id := range ids {
-		b, err := c.Sandbox(ctx, id)
-		if err != nil {
-			return nil, err
+		b, boxErr := c.Sandbox(ctx, id)
+		if boxErr != nil {
+			return nil, boxErr
 		}
 		boxes = append(boxes, b)
 	}

@@ -70,7 +70,7 @@ type Backend struct {
 	order      []string
 	images     map[string]image.Image
 	pools      map[string]int
-	warmup     *sandbox.Net // of the last template
+	warmup     *sandbox.Net          // of the last template
 	pending    map[string]*branching // by tag
 }
 
