@@ -74,7 +74,7 @@ var mayImport = map[string][]string{
 	"client": {"internal/deadline", "internal/errdef", "internal/wire"},
 	"internal/api": {
 		"internal/api/forge", "internal/attest", "internal/audit", "internal/auth", "internal/block", "internal/deterministic",
-		"internal/errdef", "internal/guest", "internal/guestproto", "internal/image", "internal/metrics", "internal/progress",
+		"internal/egress", "internal/errdef", "internal/guest", "internal/guestproto", "internal/image", "internal/metrics", "internal/progress",
 		"internal/publish", "internal/record", "internal/sandbox", "internal/snapshot", "internal/vmm", "internal/wire", "internal/workspace",
 	},
 	"internal/api/forge": {"internal/errdef", "internal/guest", "internal/sandbox", "internal/snapshot", "internal/wire"},
@@ -112,7 +112,7 @@ var mayImport = map[string][]string{
 
 	// Only for tests.
 	"internal/api/apitest": {
-		"internal/agent", "internal/api", "internal/attest", "internal/deterministic", "internal/errdef", "internal/guest",
+		"internal/agent", "internal/api", "internal/attest", "internal/deterministic", "internal/egress", "internal/errdef", "internal/guest",
 		"internal/guestmem", "internal/image", "internal/metrics", "internal/progress", "internal/publish", "internal/record", "internal/sandbox",
 		"internal/snapshot", "internal/vmm", "internal/vmm/fake", "internal/wire", "internal/workspace",
 	},

@@ -23,6 +23,9 @@ type (
 	Process = wire.Process
 )
 
+// SandboxRunning is the state of a sandbox that runs.
+const SandboxRunning = wire.SandboxStateRunning
+
 // ForkRequest says what to fork.
 type ForkRequest struct {
 	// Snapshot is a tag or a digest.
@@ -42,9 +45,19 @@ type ForkRequest struct {
 	// forks do not have them, unless KeepSecrets says so.
 	Secrets     map[string]string
 	KeepSecrets bool
-	// MemoryLimitMiB is kept with the sandbox. No engine enforces it yet: what
-	// bounds a sandbox is its machine's own memory.
+	// MemoryLimitMiB is what its machine may have of the host's memory, the
+	// monitor included: it is ended when it has more. CPULimit is how many cores
+	// it may use, 0.5 being half of one, PIDsLimit how many threads its monitor
+	// may have, IOLimitBytes how much it may read from disk in a second, and
+	// write. 0 is the daemon's default, which bounds all but the last. A limit
+	// that the daemon's host cannot enforce is an error.
 	MemoryLimitMiB int64
+	CPULimit       float64
+	PIDsLimit      int
+	IOLimitBytes   int64
+	// Net is what forks of a snapshot with a network card may reach; nil is
+	// nothing.
+	Net *Net
 	// Labels are kept with the sandbox.
 	Labels map[string]string
 }
@@ -81,6 +94,7 @@ func (c *Client) Fork(ctx context.Context, req ForkRequest) ([]Sandbox, error) {
 	w := wire.CreateSandboxesRequest{
 		SnapshotTag: req.Snapshot, N: &n, AllOrNothing: &all, Pool: &pool, Labels: req.Labels,
 		IdleTTLSecs: req.IdleTTL.Seconds(), LifetimeSecs: req.Lifetime.Seconds(), Secrets: req.Secrets, KeepSecrets: req.KeepSecrets,
+		CPULimit: req.CPULimit, PIDsLimit: req.PIDsLimit, IOLimitBytes: req.IOLimitBytes, Net: req.Net.request(),
 	}
 	if req.IdleSuspend {
 		w.IdleAction = wire.CreateSandboxesRequestIdleActionSuspend

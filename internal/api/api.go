@@ -17,12 +17,14 @@ import (
 	"github.com/tinevm/tine/internal/attest"
 	"github.com/tinevm/tine/internal/audit"
 	"github.com/tinevm/tine/internal/auth"
+	"github.com/tinevm/tine/internal/egress"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/metrics"
 	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 	"github.com/tinevm/tine/internal/workspace"
 )
@@ -90,6 +92,9 @@ type Config struct {
 	// to the caller, who has Observe end those of sandboxes that are gone. Nil:
 	// none can be.
 	Ports *publish.Ports
+	// Sweep removes what machines that ended have left on the host; nil: nobody
+	// may ask for that. Calls of it must not be in each other's way.
+	Sweep func(context.Context) error
 	// StateDir is a path that errors do not tell over the network.
 	StateDir string
 }
@@ -105,6 +110,11 @@ type Sandboxes interface {
 	SetPool(ctx context.Context, ref string, n int) error
 	Pool(ref string) (ready, want int)
 	Memory(id string) (private, shared int64, err error)
+	Usage(id string) (vmm.Usage, error)
+	Limit(ctx context.Context, id string, asked vmm.Limits) (sandbox.Info, error)
+	LimitsOf(asked vmm.Limits, shape vmm.Machine) vmm.Limits
+	NetState(id string) (sandbox.NetState, error)
+	EditNet(ctx context.Context, id string, edit func(egress.Rules) (egress.Rules, error)) (sandbox.NetState, error)
 	Branch(ctx context.Context, id string, req sandbox.BranchRequest) (snapshot.Snapshot, error)
 	Branches() []sandbox.BranchState
 	ForgetBranch(tag string) bool

@@ -248,6 +248,10 @@ func actionOf(pattern string) string {
 		return "sandbox.port.publish"
 	case "DELETE /v1/sandboxes/{id}/ports/{port}":
 		return "sandbox.port.unpublish"
+	case "PATCH /v1/sandboxes/{id}/limits":
+		return "sandbox.limits.set"
+	case "PATCH /v1/sandboxes/{id}/net":
+		return "sandbox.net.change"
 	case runPattern:
 		return "run.create"
 	case verifyPattern:

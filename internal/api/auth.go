@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -10,6 +11,7 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -168,7 +170,11 @@ func (o *owned) Fork(ctx context.Context, req sandbox.ForkRequest) ([]sandbox.Fo
 		}
 	}
 	req.Labels = labels
-	release, err := o.guard.Reserve(id, max(req.N, 1), func() int { return o.count(id.Name) })
+	want, err := o.want(id, req)
+	if err != nil {
+		return nil, err
+	}
+	release, err := o.guard.Reserve(id, want, func() auth.Share { return shareOfToken(o.List(), id.Name, "") })
 	if err != nil {
 		return nil, err
 	}
@@ -176,15 +182,60 @@ func (o *owned) Fork(ctx context.Context, req sandbox.ForkRequest) ([]sandbox.Fo
 	return o.Sandboxes.Fork(ctx, req)
 }
 
-// count is how many sandboxes a token has.
-func (o *owned) count(name string) int {
-	n := 0
-	for _, box := range o.List() {
-		if box.Labels[TokenLabel] == name {
-			n++
+// want is the share that a fork takes of what id may have.
+func (o *owned) want(id auth.Identity, req sandbox.ForkRequest) (auth.Share, error) {
+	n := max(req.N, 1)
+	if id.Max.MemoryMiB == 0 && id.Max.CPUMillis == 0 {
+		return auth.Share{Sandboxes: n}, nil
+	}
+	snap, err := o.snaps.Resolve(req.Snapshot)
+	if err != nil {
+		return auth.Share{}, fmt.Errorf("fork %s: %w", req.Snapshot, err)
+	}
+	shape := snap.Manifest.Machine
+	return shareOf(o.LimitsOf(req.Limits, shape), shape).Times(n), nil
+}
+
+// Limit limits a sandbox within what the token may have that it belongs to. Who
+// has scope admin, and asks for another's, may exceed that.
+func (o *owned) Limit(ctx context.Context, id string, asked vmm.Limits) (sandbox.Info, error) {
+	box, err := o.Get(id)
+	if err != nil {
+		return sandbox.Info{}, err
+	}
+	who, owner := auth.From(ctx), box.Labels[TokenLabel]
+	if who.Ambient || owner != who.Name && who.Scope.Includes(auth.Admin) {
+		return o.Sandboxes.Limit(ctx, id, asked)
+	}
+	if owner != who.Name { // they share
+		limit, _ := o.guard.Max(owner) // a token that is gone bounds nothing
+		who = auth.Identity{Name: owner, Max: limit}
+	}
+	want := shareOf(o.LimitsOf(asked, box.Machine), box.Machine)
+	want.Sandboxes = 0 // it is there
+	release, err := o.guard.Reserve(who, want, func() auth.Share { return shareOfToken(o.List(), owner, id) })
+	if err != nil {
+		return sandbox.Info{}, err
+	}
+	defer release()
+	return o.Sandboxes.Limit(ctx, id, asked)
+}
+
+// shareOf is what a sandbox counts as. Where the host does not limit it that is
+// what its machine has.
+func shareOf(l vmm.Limits, shape vmm.Machine) auth.Share {
+	return auth.Share{Sandboxes: 1, MemoryMiB: cmp.Or(l.MemoryMiB, shape.MemoryMiB), CPUMillis: cmp.Or(l.CPUMillis, 1000*shape.VCPUs)}
+}
+
+// shareOfToken is what a token's sandboxes count as, the one of id except left
+// out.
+func shareOfToken(boxes []sandbox.Info, name, except string) (has auth.Share) {
+	for _, box := range boxes {
+		if box.Labels[TokenLabel] == name && box.ID != except {
+			has = has.Plus(shareOf(box.Limits, box.Machine))
 		}
 	}
-	return n
+	return has
 }
 
 // checkLabels refuses labels that are ours.

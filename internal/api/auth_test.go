@@ -29,7 +29,7 @@ import (
 )
 
 // guarded is the interface with tokens: read, fork and admin have that scope,
-// few may have two sandboxes, and signs signs.
+// few may have two sandboxes, small 250 MiB and four cores, and signs signs.
 type guarded struct {
 	url    string
 	tokens map[string]string
@@ -42,7 +42,7 @@ func newGuarded(t *testing.T, cfg auth.Config) guarded {
 	cfg.Store = auth.StorePath(t.TempDir())
 	for name, r := range map[string]auth.Record{
 		"read": {Scope: auth.Read}, "fork": {Scope: auth.Fork}, "admin": {Scope: auth.Admin},
-		"few": {Scope: auth.Fork, MaxSandboxes: 2}, "signs": {Scope: auth.Fork, Sign: true},
+		"few": {Scope: auth.Fork, MaxSandboxes: 2}, "small": {Scope: auth.Fork, MaxMemoryMiB: 250, MaxCPUs: 4}, "signs": {Scope: auth.Fork, Sign: true},
 	} {
 		r.Name = name
 		_, secret, err := auth.Create(t.Context(), cfg.Store, r)
@@ -178,6 +178,7 @@ func TestScopesOfRoutes(t *testing.T) {
 		"GET /healthz": "read", "GET /health": "read", "GET /version": "read", "GET /metrics": "read", "GET /v1/doctor": "read",
 		"GET /v1/images": "read", "GET /v1/images/{name}": "read", "GET /v1/snapshots": "read", "GET /v1/snapshots/{tag}/info": "read",
 		"GET /v1/snapshots/{tag}/pool": "read", "GET /v1/tree": "read", "GET /v1/sandboxes": "read", "GET /v1/sandboxes/{id}": "read",
+		"GET /v1/sandboxes/{id}/usage": "read", "GET /v1/sandboxes/{id}/net": "read", "GET /v1/net": "read",
 		"GET /v1/workspaces": "read", "GET /v1/workspaces/{name}": "read", "GET /v1/events": "read",
 		"GET /v1/diff":   "fork",
 		"GET /v1/blocks": "read", "GET /v1/blocks/{ref}": "read", "GET /v1/blocks/{ref}/trust": "read",

@@ -326,7 +326,7 @@ func (s *server) runBlock(ctx context.Context, req block.RunRequest) (wire.Block
 		return wire.BlockRun{}, err
 	}
 	defer leave()
-	release, err := s.reserve(ctx, 1)
+	release, err := s.reserve(ctx, 1, "")
 	if err != nil {
 		return wire.BlockRun{}, err
 	}

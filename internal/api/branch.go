@@ -9,7 +9,6 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
-	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 	"github.com/tinevm/tine/internal/workspace"
 )
@@ -120,10 +119,11 @@ func errorHint(err error, more string) string {
 }
 
 // siblings asks for sandboxes that live by the rules of the one that they were
-// branched from.
+// branched from. What that may reach they may not: secrets are not inherited, and
+// nor is where they are sent.
 func siblings(source sandbox.Info, snap snapshot.Snapshot, n int) sandbox.ForkRequest {
 	req := sandbox.ForkRequest{
-		Snapshot: snap.Tag, N: n, AllOrNothing: true, Labels: maps.Clone(source.Labels), Limits: vmm.Limits{MemoryMiB: source.MemoryLimitMiB},
+		Snapshot: snap.Tag, N: n, AllOrNothing: true, Labels: maps.Clone(source.Labels), Limits: askedOf(source),
 		IdleTTL: source.IdleTTL, IdleSuspend: source.IdleSuspend,
 	}
 	delete(req.Labels, workspace.Label) // a workspace has one sandbox

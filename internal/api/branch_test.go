@@ -278,7 +278,7 @@ func TestBranchFork(t *testing.T) {
 			t.Errorf("%+v", box)
 		}
 	}
-	b.Limit = 4
+	b.Most = 4
 	a := send(t, "POST", url+"/v1/sandboxes/"+source.ID+"/branch", "application/json", `{"tag":"y","n":2}`)
 	if e := decode[wire.Error](t, a.body); a.status != 429 || !strings.Contains(e.Hint, "fork snapshot y") {
 		t.Errorf("%d %s", a.status, a.body)

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/metrics"
 	"github.com/tinevm/tine/internal/publish"
 	"github.com/tinevm/tine/internal/sandbox"
@@ -33,6 +35,8 @@ func Observe(m *metrics.Metrics, ports *publish.Ports) func(sandbox.Event) {
 		}
 		took := millisOf(e.Data.TookMS)
 		switch {
+		case e.Type == sandbox.OutOfMemory:
+			m.OutOfMemory()
 		case e.Type == sandbox.Created:
 			m.Fork(e.Data.FromPool, took)
 		case e.Type == sandbox.Branched:
@@ -101,6 +105,7 @@ func (s *server) look(context.Context) (metrics.Sample, error) {
 		string(sandbox.Running): 0, string(sandbox.Suspended): 0, string(sandbox.Dead): 0,
 	}}
 	deadline := time.Now().Add(sampleTime)
+	counts := true // this host does
 	for _, box := range s.Sandboxes.List() {
 		sample.Sandboxes[string(box.State)]++
 		if box.State != sandbox.Running || time.Now().After(deadline) {
@@ -109,12 +114,23 @@ func (s *server) look(context.Context) (metrics.Sample, error) {
 		if private, shared, err := s.Sandboxes.Memory(box.ID); err == nil { // else it has just ended
 			sample.Private, sample.Shared, sample.Measured = sample.Private+private, sample.Shared+shared, sample.Measured+1
 		}
+		if !counts {
+			continue
+		}
+		usage, err := s.Sandboxes.Usage(box.ID)
+		if counts = !errors.Is(err, errdef.ErrUnsupported); err == nil {
+			sample.Charged, sample.Charges = sample.Charged+usage.MemoryBytes, sample.Charges+1
+		}
 	}
 	if s.Load == nil {
 		return sample, nil
 	}
 	load := s.Load()
 	sample.Branches, sample.BranchCap = load.Branches, load.BranchCap
+	sample.Net = metrics.Net{
+		Networks: int64(load.Net.Networks), Connections: load.Net.Connections,
+		BytesUp: load.Net.BytesUp, BytesDown: load.Net.BytesDown, Denied: load.Net.Denied,
+	}
 	for _, p := range load.Pools {
 		sample.Pools = append(sample.Pools, metrics.Pool{Snapshot: p.Snapshot, Ready: p.Ready, Want: p.Want})
 	}

@@ -75,6 +75,11 @@ func TestOwnSandboxes(t *testing.T) {
 		{"PUT", "/files?path=/tmp/x", ""},
 		{"GET", "/processes", ""},
 		{"GET", "/exec/stream", ""},
+		{"GET", "/usage", ""},
+		{"PATCH", "/limits", `{"cpu_limit":1}`},
+		{"GET", "/net", ""},
+		{"PUT", "/net", `{"allow":[]}`},
+		{"PATCH", "/net", `{"allow":["a.example"]}`},
 	} {
 		for _, id := range []string{other, admins} {
 			theirs := g.do(t, "fork", try[0], "/v1/sandboxes/"+id+try[1], try[2])

@@ -20,6 +20,7 @@ import (
 	"github.com/tinevm/tine/internal/deterministic"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/record"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -58,24 +59,25 @@ func (s *server) enterRun() (leave func(), err error) {
 	}
 }
 
-// reserve takes n places within the bound of who makes ctx's request. A sandbox
-// counts by itself; a machine that runs something for the record is none, and
-// must not be the way around that bound.
-func (s *server) reserve(ctx context.Context, n int) (release func(), err error) {
+// reserve takes places for n machines within the bounds of who makes ctx's
+// request. A sandbox counts by itself; a machine that runs something for the
+// record is none, and must not be the way around those bounds. It counts as what
+// a fork of the snapshot would have, and without one as a small machine.
+func (s *server) reserve(ctx context.Context, n int, ref string) (release func(), err error) {
 	id := auth.From(ctx)
 	if s.Auth == nil || id.Ambient {
 		return func() {}, nil
 	}
-	return s.Auth.Reserve(id, n, func() int {
-		have := 0
-		for _, box := range s.Sandboxes.List() {
-			if box.Labels[TokenLabel] == id.Name {
-				have++
-			}
-		}
-		return have
-	})
+	shape := vmm.Machine{MemoryMiB: runMemoryMiB, VCPUs: 1}
+	if snap, err := s.Snapshots.Resolve(ref); ref != "" && err == nil { // else the run is refused
+		shape = snap.Manifest.Machine
+	}
+	one := shareOf(s.Sandboxes.LimitsOf(vmm.Limits{}, shape), shape)
+	return s.Auth.Reserve(id, one.Times(n), func() auth.Share { return shareOfToken(s.Sandboxes.List(), id.Name, "") })
 }
+
+// runMemoryMiB is the memory of templates that do not ask for another.
+const runMemoryMiB = 256
 
 // createRun answers POST /v1/runs. When the client goes away its context ends,
 // and the run with it.
@@ -142,7 +144,7 @@ func (s *server) runAlong(ctx context.Context, req attest.Request, out *lineWrit
 // run runs and counts.
 func (s *server) run(ctx context.Context, req attest.Request) (attest.Result, error) {
 	if req.Mode != record.Normal {
-		release, err := s.reserve(ctx, 1)
+		release, err := s.reserve(ctx, 1, req.Snapshot)
 		if err != nil {
 			return attest.Result{}, err
 		}

@@ -10,7 +10,6 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guest"
 	"github.com/tinevm/tine/internal/sandbox"
-	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -42,6 +41,11 @@ func (s *server) CreateSandboxes(ctx context.Context, r wire.CreateSandboxesRequ
 	req, err := forkRequest(*r.Body)
 	if err != nil {
 		return nil, err
+	}
+	if r.Body.PerChildNetns {
+		if err = s.ownNetns(ctx, req.Snapshot); err != nil {
+			return nil, err
+		}
 	}
 	boxes, err := s.fork(ctx, req)
 	if errors.Is(err, errdef.ErrNotFound) {
@@ -95,7 +99,7 @@ func (s *server) discard(ctx context.Context, results []sandbox.ForkResult) erro
 func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 	req := sandbox.ForkRequest{
 		Snapshot: b.SnapshotTag, N: or(b.N, 1), AllOrNothing: or(b.AllOrNothing, true), NoPool: !or(b.Pool, true),
-		Labels: b.Labels, Limits: vmm.Limits{MemoryMiB: int(or(b.MemoryLimitMiB, 0))},
+		Labels:      b.Labels,
 		IdleSuspend: b.IdleAction == wire.CreateSandboxesRequestIdleActionSuspend, Secrets: b.Secrets, KeepSecrets: b.KeepSecrets,
 	}
 	switch {
@@ -107,26 +111,23 @@ func forkRequest(b wire.CreateSandboxesRequest) (sandbox.ForkRequest, error) {
 		return req, fmt.Errorf("%w: n must be at most %d", errdef.ErrInvalid, maxFork)
 	case checkLabels(req.Labels) != nil:
 		return req, checkLabels(req.Labels)
-	case req.Limits.MemoryMiB < 0:
-		return req, fmt.Errorf("%w: memory_limit_mib must not be negative", errdef.ErrInvalid)
-	case b.PerChildNetns:
-		return req, noNetwork()
 	case b.IdleAction != "" && !b.IdleAction.Valid():
 		return req, fmt.Errorf("%w: idle_action must be remove or suspend", errdef.ErrInvalid)
 	case req.IdleSuspend && b.IdleTTLSecs == 0:
 		return req, fmt.Errorf("%w: idle_action suspend needs idle_ttl_secs", errdef.ErrInvalid)
 	}
 	var err error
+	if req.Limits, err = (limitFields{or(b.MemoryLimitMiB, 0), b.CPULimit, b.PIDsLimit, b.IOLimitBytes}).limits(); err != nil {
+		return req, err
+	}
+	if req.Net, err = netOf(b.Net); err != nil {
+		return req, err
+	}
 	if req.IdleTTL, err = duration("idle_ttl_secs", b.IdleTTLSecs); err != nil {
 		return req, err
 	}
 	req.Lifetime, err = duration("lifetime_secs", b.LifetimeSecs)
 	return req, err
-}
-
-func noNetwork() error {
-	return errdef.WithHint(fmt.Errorf("%w: sandboxes have no network yet", errdef.ErrInvalid),
-		"leave per_child_netns out, or send false")
 }
 
 // or is *p, or fallback where there is none.
@@ -186,6 +187,7 @@ func (s *server) sandboxOf(i sandbox.Info) wire.Sandbox {
 		CreatedAtUnix: i.CreatedAt.Unix(), CreatedAt: rfc3339(i.CreatedAt), State: wire.SandboxState(i.State), Reason: i.Reason, Engine: i.Engine,
 		MemoryMiB: i.Machine.MemoryMiB, DiskMiB: i.Machine.DiskMiB, Net: i.Machine.Net, VCPUs: i.Machine.VCPUs, IdleTTLSecs: i.IdleTTL.Seconds(), Labels: i.Labels,
 		ForkMS: i.ForkMS, FromPool: i.FromPool, Head: i.Head, HasBranched: i.Branches > 0, BranchCount: i.Branches,
+		Limits: limitsOf(i.Limits), OutOfMemory: i.OutOfMemory,
 	}
 	if i.IdleTTL != 0 {
 		out.IdleAction = wire.SandboxIdleActionRemove

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/tinevm/tine/internal/egress"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
@@ -108,6 +109,13 @@ func (s *server) CreateSnapshot(ctx context.Context, r wire.CreateSnapshotReques
 		Tag: r.Body.Tag, Image: r.Body.Image, Warmup: r.Body.Warmup, Imports: r.Body.Imports, Replace: r.Body.Replace,
 		Machine: vmm.Machine{MemoryMiB: r.Body.MemoryMiB, VCPUs: r.Body.VCPUs, DiskMiB: r.Body.DiskMiB, Net: r.Body.Net},
 	}
+	if r.Body.Net {
+		allow, err := rulesOf(r.Body.NetAllow)
+		if err != nil {
+			return nil, err
+		}
+		req.Net = &sandbox.Net{Rules: egress.Rules{Allow: allow}}
+	}
 	create := func(ctx context.Context) (wire.Snapshot, error) {
 		if err := s.ofRootfs(ctx, *r.Body, &req); err != nil {
 			return wire.Snapshot{}, err
@@ -149,6 +157,8 @@ func (s *server) checkCreateSnapshot(b wire.CreateSnapshotRequest) error {
 		return fmt.Errorf("%w: image is missing", errdef.ErrInvalid)
 	case b.MemoryMiB < 0 || b.VCPUs < 0 || b.DiskMiB < 0:
 		return fmt.Errorf("%w: memory_mib, vcpus and disk_mib must not be negative", errdef.ErrInvalid)
+	case len(b.NetAllow) > 0 && !b.Net:
+		return errdef.WithHint(fmt.Errorf("%w: net_allow is for snapshots with a network card", errdef.ErrInvalid), `add "net": true (--net)`)
 	}
 	if err := s.checkDeterministic(b); err != nil {
 		return err

@@ -21,7 +21,7 @@ func (s *server) ListTokens(context.Context, wire.ListTokensRequestObject) (wire
 	out := make(wire.ListTokens200JSONResponse, 0, len(records))
 	for _, r := range records {
 		out = append(out, wire.Token{
-			Name: r.Name, Scope: string(r.Scope), MaxSandboxes: r.MaxSandboxes, Sign: r.Sign, CreatedAt: r.CreatedAt,
+			Name: r.Name, Scope: string(r.Scope), MaxSandboxes: r.MaxSandboxes, MaxMemoryMiB: r.MaxMemoryMiB, MaxCPUs: r.MaxCPUs, Sign: r.Sign, CreatedAt: r.CreatedAt,
 		})
 	}
 	return out, nil
@@ -35,14 +35,14 @@ func (s *server) CreateToken(ctx context.Context, r wire.CreateTokenRequestObjec
 	}
 	made, secret, err := s.Auth.Create(ctx, auth.Record{
 		Name: r.Body.Name, Scope: auth.Scope(cmp.Or(r.Body.Scope, string(auth.Fork))),
-		MaxSandboxes: r.Body.MaxSandboxes, Sign: r.Body.Sign,
+		MaxSandboxes: r.Body.MaxSandboxes, MaxMemoryMiB: r.Body.MaxMemoryMiB, MaxCPUs: r.Body.MaxCPUs, Sign: r.Body.Sign,
 	})
 	if err != nil {
 		return nil, err
 	}
 	audit.Made(ctx, made.Name)
 	return wire.CreateToken201JSONResponse{
-		Name: made.Name, Scope: string(made.Scope), MaxSandboxes: made.MaxSandboxes, Sign: made.Sign, CreatedAt: made.CreatedAt,
+		Name: made.Name, Scope: string(made.Scope), MaxSandboxes: made.MaxSandboxes, MaxMemoryMiB: made.MaxMemoryMiB, MaxCPUs: made.MaxCPUs, Sign: made.Sign, CreatedAt: made.CreatedAt,
 		Token: secret,
 	}, nil
 }

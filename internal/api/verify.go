@@ -40,7 +40,7 @@ func (s *server) verify(w http.ResponseWriter, r *http.Request) {
 	}
 	look := func(ctx context.Context) (json.RawMessage, error) {
 		if !req.Offline {
-			release, rerr := s.reserve(ctx, min(max(req.Runs, 1), attest.AtOnce))
+			release, rerr := s.reserve(ctx, min(max(req.Runs, 1), attest.AtOnce), "")
 			if rerr != nil {
 				return nil, rerr
 			}

@@ -50,18 +50,22 @@ func (s *server) CreateWorkspace(ctx context.Context, r wire.CreateWorkspaceRequ
 	if err != nil {
 		return nil, err
 	}
-	limit := int(or(r.Body.MemoryLimitMiB, 0))
-	switch err = workspace.CheckName(r.Body.Name); {
-	case err != nil:
+	if err = workspace.CheckName(r.Body.Name); err != nil {
 		return nil, err
-	case r.Body.SnapshotTag == "":
-		return nil, fmt.Errorf("%w: snapshot_tag is missing", errdef.ErrInvalid)
-	case limit < 0:
-		return nil, fmt.Errorf("%w: memory_limit_mib must not be negative", errdef.ErrInvalid)
-	case r.Body.PerChildNetns:
-		return nil, noNetwork()
 	}
-	w, err := store.Create(ctx, workspace.CreateRequest{Name: r.Body.Name, Snapshot: r.Body.SnapshotTag, MemoryLimitMiB: limit})
+	if r.Body.SnapshotTag == "" {
+		return nil, fmt.Errorf("%w: snapshot_tag is missing", errdef.ErrInvalid)
+	}
+	limits, err := limitFields{memoryMiB: or(r.Body.MemoryLimitMiB, 0)}.limits()
+	if err != nil {
+		return nil, err
+	}
+	if r.Body.PerChildNetns {
+		if err = s.ownNetns(ctx, r.Body.SnapshotTag); err != nil {
+			return nil, err
+		}
+	}
+	w, err := store.Create(ctx, workspace.CreateRequest{Name: r.Body.Name, Snapshot: r.Body.SnapshotTag, MemoryLimitMiB: limits.MemoryMiB})
 	if err != nil {
 		return nil, err
 	}

@@ -26,7 +26,7 @@ func tokens() cli.TokenDeps {
 				return cli.Token{}, "", err
 			}
 			r, secret, err := auth.Create(ctx, auth.StorePath(dir), auth.Record{
-				Name: t.Name, Scope: auth.Scope(t.Scope), MaxSandboxes: t.MaxSandboxes, Sign: t.Sign,
+				Name: t.Name, Scope: auth.Scope(t.Scope), MaxSandboxes: t.MaxSandboxes, MaxMemoryMiB: t.MaxMemoryMiB, MaxCPUs: t.MaxCPUs, Sign: t.Sign,
 			})
 			return tokenOf(r), secret, err
 		},
@@ -48,7 +48,10 @@ func tokens() cli.TokenDeps {
 }
 
 func tokenOf(r auth.Record) cli.Token {
-	return cli.Token{Name: r.Name, Scope: string(r.Scope), MaxSandboxes: r.MaxSandboxes, Sign: r.Sign, CreatedAt: r.CreatedAt}
+	return cli.Token{
+		Name: r.Name, Scope: string(r.Scope), MaxSandboxes: r.MaxSandboxes, MaxMemoryMiB: r.MaxMemoryMiB, MaxCPUs: r.MaxCPUs,
+		Sign: r.Sign, CreatedAt: r.CreatedAt,
+	}
 }
 
 // onHangUp calls f at each SIGHUP until ctx ends or stop is called, which waits

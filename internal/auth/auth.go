@@ -66,11 +66,26 @@ type Identity struct {
 	// and a number, or "local".
 	Name  string
 	Scope Scope
-	// MaxSandboxes is how many it may have at once; 0: no bound of its own.
-	MaxSandboxes int
+	// Max bounds what it may have at once; a field that is zero is no bound.
+	Max Share
 	// Ambient says that it has shown nothing: it is trusted for where it is.
 	Ambient bool
 }
+
+// Share is a part of the host: how many sandboxes, and what their limits come to.
+type Share struct {
+	Sandboxes int
+	MemoryMiB int
+	CPUMillis int // thousandths of a core
+}
+
+// Plus returns both together.
+func (s Share) Plus(other Share) Share {
+	return Share{s.Sandboxes + other.Sandboxes, s.MemoryMiB + other.MemoryMiB, s.CPUMillis + other.CPUMillis}
+}
+
+// Times returns n of s.
+func (s Share) Times(n int) Share { return Share{n * s.Sandboxes, n * s.MemoryMiB, n * s.CPUMillis} }
 
 // Unauthenticated says that nobody knows who makes a request.
 type Unauthenticated struct{ message string }
@@ -144,7 +159,7 @@ type Guard struct {
 	named     []token
 	known     map[string]Known // replaced, never changed; nil until all could be read
 	required  bool             // stays once it is set
-	pending   map[string]int   // sandboxes that are being made, by identity
+	pending   map[string]Share // what is being made, by identity
 }
 
 // token is one that is accepted.
@@ -160,7 +175,7 @@ type token struct {
 func Open(cfg Config) (*Guard, error) {
 	g := &Guard{
 		cfg: cfg, log: cfg.Logger, now: cfg.Now, file: watched{path: cfg.TokenFile}, store: watched{path: cfg.Store},
-		required: cfg.TokenFile != "" || cfg.Certificates, pending: map[string]int{},
+		required: cfg.TokenFile != "" || cfg.Certificates, pending: map[string]Share{},
 	}
 	if g.log == nil {
 		g.log = slog.New(slog.DiscardHandler)
@@ -369,30 +384,63 @@ func (g *Guard) certified(cert *x509.Certificate) (Identity, error) {
 	return Identity{Name: "cert:" + name, Scope: g.cfg.CertificateScope}, nil
 }
 
-// Reserve takes n places of id's bound, given how many it has, until release
-// is called: by then what it made is counted by have. It returns
-// errdef.ErrExhausted when there are not so many left.
-func (g *Guard) Reserve(id Identity, n int, have func() int) (release func(), err error) {
-	if id.MaxSandboxes == 0 {
+// Reserve takes a share of what id may have, given what it has, until release is
+// called: by then what was made of it is counted by have. It returns
+// errdef.ErrExhausted when there is not so much left.
+func (g *Guard) Reserve(id Identity, want Share, have func() Share) (release func(), err error) {
+	if id.Max == (Share{}) {
 		return func() {}, nil
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	// In this order: what is finished meanwhile counts twice, and never not at all.
 	pending := g.pending[id.Name]
-	if there := have(); n > id.MaxSandboxes-pending-there {
-		return nil, errdef.WithHint(
-			fmt.Errorf("%w: token %s may have %d sandboxes, and has %d", errdef.ErrExhausted, id.Name, id.MaxSandboxes, pending+there),
-			"remove some first")
+	if err = fits(id, want, pending.Plus(have())); err != nil {
+		return nil, err
 	}
-	g.pending[id.Name] += n
+	g.pending[id.Name] = pending.Plus(want)
 	return sync.OnceFunc(func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		if g.pending[id.Name] -= n; g.pending[id.Name] == 0 {
+		if g.pending[id.Name] = g.pending[id.Name].Plus(want.Times(-1)); g.pending[id.Name] == (Share{}) {
 			delete(g.pending, id.Name)
 		}
 	}), nil
+}
+
+// fits reports why id may not have want beside what it has, or nil.
+func fits(id Identity, want, has Share) error {
+	full := func(format string, args ...any) error {
+		return fmt.Errorf("%w: token %s %s", errdef.ErrExhausted, id.Name, fmt.Sprintf(format, args...))
+	}
+	over := func(want, limit, has int) bool { return limit > 0 && want > 0 && want > limit-has }
+	switch limit := id.Max; {
+	case over(want.Sandboxes, limit.Sandboxes, has.Sandboxes):
+		return errdef.WithHint(full("may have %d sandboxes, and has %d", limit.Sandboxes, has.Sandboxes), "remove some first")
+	case over(want.MemoryMiB, limit.MemoryMiB, has.MemoryMiB):
+		return errdef.WithHint(full("may have sandboxes with %d MiB of memory, has %d MiB and asks for %d MiB", limit.MemoryMiB, has.MemoryMiB, want.MemoryMiB),
+			"ask for less with memory_limit_mib (--memory-limit), or remove some sandboxes first")
+	case over(want.CPUMillis, limit.CPUMillis, has.CPUMillis):
+		return errdef.WithHint(full("may have sandboxes with %s cores, has %s and asks for %s", cores(limit.CPUMillis), cores(has.CPUMillis), cores(want.CPUMillis)),
+			"ask for less with cpu_limit (--cpus), or remove some sandboxes first")
+	}
+	return nil
+}
+
+// cores writes thousandths of a core as a number of cores.
+func cores(millis int) string { return strconv.FormatFloat(float64(millis)/1000, 'f', -1, 64) }
+
+// Max is what the named token may have, if there is one.
+func (g *Guard) Max(name string) (limit Share, ok bool) {
+	g.refresh()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, t := range g.named {
+		if t.Name == name {
+			return t.Max, true
+		}
+	}
+	return Share{}, false
 }
 
 type identityKey struct{}

@@ -225,7 +225,7 @@ func TestAdmit(t *testing.T) {
 					t.Errorf("error %#v", err)
 				}
 			}
-			if tt.want == "ci" && cmp.Diff(Identity{Name: "ci", Scope: Fork, MaxSandboxes: 3}, id) != "" {
+			if tt.want == "ci" && cmp.Diff(Identity{Name: "ci", Scope: Fork, Max: Share{Sandboxes: 3}}, id) != "" {
 				t.Errorf("identity %+v", id)
 			}
 		})
@@ -352,11 +352,11 @@ func TestDamagedStore(t *testing.T) {
 func TestReserve(t *testing.T) {
 	t.Parallel()
 	g := open(t, Config{})
-	if _, err := g.Reserve(Identity{Name: "free"}, 1<<30, nil); err != nil {
+	if _, err := g.Reserve(Identity{Name: "free"}, Share{Sandboxes: 1 << 30}, nil); err != nil {
 		t.Error(err)
 	}
-	id := Identity{Name: "ci", MaxSandboxes: 3}
-	if _, err := g.Reserve(id, 4, func() int { return 0 }); !errors.Is(err, errdef.ErrExhausted) || errdef.Hint(err) == "" {
+	id := Identity{Name: "ci", Max: Share{Sandboxes: 3}}
+	if _, err := g.Reserve(id, Share{Sandboxes: 4}, func() Share { return Share{} }); !errors.Is(err, errdef.ErrExhausted) || errdef.Hint(err) == "" {
 		t.Errorf("4 of 3: %v", err)
 	}
 	var mu sync.Mutex
@@ -364,7 +364,7 @@ func TestReserve(t *testing.T) {
 	var work sync.WaitGroup
 	for range 50 {
 		work.Go(func() {
-			release, err := g.Reserve(id, 1, func() int { mu.Lock(); defer mu.Unlock(); return have })
+			release, err := g.Reserve(id, Share{Sandboxes: 1}, func() Share { mu.Lock(); defer mu.Unlock(); return Share{Sandboxes: have} })
 			if err != nil {
 				return
 			}
@@ -504,5 +504,60 @@ func TestFrom(t *testing.T) {
 	want := Identity{Name: "ci", Scope: Read}
 	if id := From(With(t.Context(), want)); id != want {
 		t.Errorf("got %+v", id)
+	}
+}
+
+// TestReserveLimits: what the limits of sandboxes come to is bounded as their
+// number is, each on its own.
+func TestReserveLimits(t *testing.T) {
+	t.Parallel()
+	g := open(t, Config{})
+	id := Identity{Name: "ci", Max: Share{MemoryMiB: 1000, CPUMillis: 2500}}
+	has := func() Share { return Share{Sandboxes: 7, MemoryMiB: 400, CPUMillis: 1000} }
+	for _, tt := range []struct {
+		want Share
+		err  string // part of it
+	}{
+		{Share{Sandboxes: 1000}, ""},
+		{Share{MemoryMiB: 600, CPUMillis: 1500}, ""},
+		{Share{MemoryMiB: 601}, "token ci may have sandboxes with 1000 MiB of memory, has 400 MiB and asks for 601 MiB"},
+		{Share{CPUMillis: 1501}, "token ci may have sandboxes with 2.5 cores, has 1 and asks for 1.501"},
+	} {
+		release, err := g.Reserve(id, tt.want, has)
+		if tt.err == "" {
+			if err != nil {
+				t.Errorf("%+v: %v", tt.want, err)
+				continue
+			}
+			if _, err = g.Reserve(id, Share{MemoryMiB: 601 - tt.want.MemoryMiB}, has); !errors.Is(err, errdef.ErrExhausted) {
+				t.Errorf("beside %+v: %v", tt.want, err)
+			}
+			release()
+			continue
+		}
+		if !errors.Is(err, errdef.ErrExhausted) || !strings.Contains(err.Error(), tt.err) || errdef.Hint(err) == "" {
+			t.Errorf("%+v: %v", tt.want, err)
+		}
+	}
+	lowered := Identity{Name: "ci", Max: Share{Sandboxes: 1, MemoryMiB: 10}} // since it got what it has
+	if _, err := g.Reserve(lowered, Share{CPUMillis: 1}, has); err != nil {
+		t.Errorf("what is bounded and not asked for: %v", err)
+	}
+	if len(g.pending) != 0 && g.pending["ci"] != (Share{CPUMillis: 1}) {
+		t.Errorf("left: %v", g.pending)
+	}
+}
+
+// TestMax is what the store says of a token.
+func TestMax(t *testing.T) {
+	t.Parallel()
+	store := StorePath(t.TempDir())
+	create(t, store, Record{Name: "ci", Scope: Fork, MaxSandboxes: 3, MaxMemoryMiB: 512, MaxCPUs: 1.5})
+	g := open(t, Config{Store: store})
+	if got, ok := g.Max("ci"); !ok || got != (Share{3, 512, 1500}) {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	if _, ok := g.Max("other"); ok {
+		t.Error("a token that is not there")
 	}
 }

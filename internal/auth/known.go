@@ -51,6 +51,12 @@ func (r Record) known() Known {
 	if r.MaxSandboxes > 0 {
 		about += ", at most " + strconv.Itoa(r.MaxSandboxes) + " sandboxes"
 	}
+	if r.MaxMemoryMiB > 0 {
+		about += ", at most " + strconv.Itoa(r.MaxMemoryMiB) + " MiB of memory"
+	}
+	if r.MaxCPUs > 0 {
+		about += ", at most " + strconv.FormatFloat(r.MaxCPUs, 'f', -1, 64) + " cores"
+	}
 	if r.Sign {
 		about += ", signs"
 	}

@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -29,6 +30,9 @@ const (
 	maxTokens = 256
 	// maxCap is the largest bound on sandboxes that a token may have.
 	maxCap = 1 << 20
+	// maxMemory and maxCPUs are the largest bounds on what their limits come to.
+	maxMemory = 1 << 30
+	maxCPUs   = 1 << 20
 	// bearerPrefix and signPrefix begin the two kinds of token, so that whoever
 	// has one knows what to do with it.
 	bearerPrefix = "tine_"
@@ -44,15 +48,23 @@ type Record struct {
 	SHA256 string `json:"sha256"`
 	// MaxSandboxes is 0 where there is no bound.
 	MaxSandboxes int `json:"max_sandboxes,omitempty"`
+	// MaxMemoryMiB and MaxCPUs bound what the limits of its sandboxes come to; 0
+	// is no bound.
+	MaxMemoryMiB int     `json:"max_memory_mib,omitempty"`
+	MaxCPUs      float64 `json:"max_cpus,omitempty"`
 	// Sign says that the token is never sent: it signs requests.
 	Sign      bool      `json:"sign,omitempty"`
 	CreatedAt time.Time `json:"created_at"`
 }
 
 func (r Record) token() token {
-	t := token{Identity: Identity{Name: r.Name, Scope: r.Scope, MaxSandboxes: r.MaxSandboxes}, sign: r.Sign}
+	t := token{Identity: Identity{Name: r.Name, Scope: r.Scope, Max: r.max()}, sign: r.Sign}
 	_, _ = hex.Decode(t.hash[:], []byte(r.SHA256)) // decodeRecords has checked it
 	return t
+}
+
+func (r Record) max() Share {
+	return Share{Sandboxes: r.MaxSandboxes, MemoryMiB: r.MaxMemoryMiB, CPUMillis: int(math.Round(1000 * r.MaxCPUs))}
 }
 
 // StorePath is where the named tokens of a state directory are.
@@ -218,6 +230,10 @@ func (r Record) check() error {
 		return fmt.Errorf("%w: token %s: sha256 is not 64 hexadecimal digits", errdef.ErrInvalid, r.Name)
 	case r.MaxSandboxes < 0 || r.MaxSandboxes > maxCap:
 		return fmt.Errorf("%w: token %s: max_sandboxes %d is not 0 to %d", errdef.ErrInvalid, r.Name, r.MaxSandboxes, maxCap)
+	case r.MaxMemoryMiB < 0 || r.MaxMemoryMiB > maxMemory:
+		return fmt.Errorf("%w: token %s: max_memory_mib %d is not 0 to %d", errdef.ErrInvalid, r.Name, r.MaxMemoryMiB, maxMemory)
+	case !(r.MaxCPUs == 0 || r.MaxCPUs >= 0.001 && r.MaxCPUs <= maxCPUs): // NaN neither
+		return fmt.Errorf("%w: token %s: max_cpus %v is not 0, nor 0.001 to %d", errdef.ErrInvalid, r.Name, r.MaxCPUs, maxCPUs)
 	}
 	return nil
 }

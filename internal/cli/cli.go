@@ -110,7 +110,7 @@ socket in the state directory. With --local they start one for themselves.`,
 	root.MarkFlagsMutuallyExclusive("url", "socket", "local")
 	root.AddCommand(
 		a.demoCommand(), a.serveCommand(), a.tokenCommand(), a.auditCommand(), a.eventsCommand(), a.imageCommand(), a.snapshotCommand(), a.blockCommand(),
-		a.forkCommand(), a.lsCommand(), a.execCommand(), a.runCommand(), a.evalCommand(), a.psCommand(), a.portCommand(),
+		a.forkCommand(), a.lsCommand(), a.execCommand(), a.runCommand(), a.evalCommand(), a.psCommand(), a.portCommand(), a.netCommand(), a.statsCommand(), a.limitCommand(),
 		a.verifyCommand(), a.recordCommand(),
 		a.branchCommand(), a.treeCommand(), a.rollbackCommand(), a.diffCommand(), a.promoteCommand(),
 		a.suspendCommand(), a.resumeCommand(), a.workspaceCommand(), a.cpCommand(), a.rmCommand(), a.doctorCommand(), a.benchCommand(), a.versionCommand(),

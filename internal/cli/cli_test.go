@@ -63,7 +63,7 @@ func TestScripts(t *testing.T) {
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
 			b := apitest.New(t)
-			b.Limit = 20
+			b.Most = 20
 			b.Fail = func(op string) error {
 				if op == "fork 3" {
 					return fmt.Errorf("%w: no room for the fourth", errdef.ErrExhausted)
@@ -123,6 +123,48 @@ func isJSON(ts *testscript.TestScript, _ bool, args []string) {
 		if !json.Valid([]byte(part)) {
 			ts.Fatalf("not JSON: %q", part)
 		}
+	}
+}
+
+// TestDeniedIsShown: what a sandbox was denied is shown with the reason, and with
+// how to allow it; what the sandbox chose does nothing to the terminal, or to a
+// shell that the hint is pasted into.
+func TestDeniedIsShown(t *testing.T) {
+	t.Parallel()
+	b := apitest.New(t)
+	url := b.Serve(spec).URL
+	run := func(args ...string) (stdout, stderr string) {
+		t.Helper()
+		var out, errs bytes.Buffer
+		code := cli.Run(t.Context(), cli.Environment{
+			Args: args, Stdin: strings.NewReader(""), Stdout: &out, Stderr: &errs,
+			Getenv: func(name string) string { return map[string]string{"TINE_URL": url}[name] },
+		})
+		if code != 0 {
+			t.Fatalf("%v: %d %s", args, code, &errs)
+		}
+		return out.String(), errs.String()
+	}
+	run("snapshot", "create", "web", "--image", "py", "--net")
+	run("fork", "--snapshot", "web")
+	b.Deny("sb-1", "dns", "a';reboot;'.example", "unknown_name")
+	b.Deny("sb-1", "tcp", "\x1b[2J\n\u202e", "wrong_server_name")
+	b.Deny("sb-1", "tcp", "169.254.169.254:80", "link_local")
+	b.Deny("sb-1", "dns", "api.example.com.", "unknown_name")
+	b.Deny("sb-1", "udp", "203.0.113.7:53000", "no_rule")
+	out, errs := run("net", "show", "sb-1")
+	for _, want := range []string{
+		"dns api.example.com.", "no rule is for that name", "1 times", "169.254.169.254:80", "never: link-local", `"\x1b[2J\n\u202e"`,
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if strings.ContainsRune(out, 0x1b) || strings.Contains(errs, "reboot") {
+		t.Errorf("%q, %q", out, errs)
+	}
+	if want := "hint: to allow the latest that a rule can: tine net allow sb-1 'api.example.com'\n"; errs != want {
+		t.Errorf("hint %q", errs)
 	}
 }
 

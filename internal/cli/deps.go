@@ -109,7 +109,10 @@ type Token struct {
 	Name  string `json:"name"`
 	Scope string `json:"scope"`
 	// MaxSandboxes is 0 where there is no bound.
-	MaxSandboxes int       `json:"max_sandboxes,omitempty"`
+	MaxSandboxes int `json:"max_sandboxes,omitempty"`
+	// MaxMemoryMiB and MaxCPUs bound what the limits of its sandboxes come to.
+	MaxMemoryMiB int       `json:"max_memory_mib,omitempty"`
+	MaxCPUs      float64   `json:"max_cpus,omitempty"`
 	Sign         bool      `json:"sign,omitempty"`
 	CreatedAt    time.Time `json:"created_at"`
 }

@@ -92,6 +92,8 @@ func (a *app) runCommand() *cobra.Command {
 	var flags execFlags
 	var rec recordFlags
 	var secrets []string
+	var limits limitFlags
+	var reach netFlags
 	cmd := &cobra.Command{
 		Use:   "run --snapshot TAG [-it] -- COMMAND...",
 		Short: "Fork a sandbox, run a command in it, remove it",
@@ -106,12 +108,15 @@ ordinary run is recorded; running that again proves less. Records keep arguments
 variables, input and output in the clear: they are no place for secrets.`,
 		Example: `  tine run --snapshot py -- python3 -c 'print(6*7)'
   tine run --local --snapshot py -it -- bash
+  tine run --snapshot web --allow example.com -- curl https://example.com/
   tine run --deterministic --seed 7 --record answer.tar --snapshot py -- python3 -c 'import random; print(random.random())'
   tine run --deterministic --file /in/a.csv=a.csv --collect /out/b.csv=b.csv --snapshot py -- convert /in/a.csv /out/b.csv`,
 		Args: cobra.MinimumNArgs(1),
 	}
 	a.forkFlags(cmd, &req)
 	secretFlags(cmd, &secrets)
+	limits.add(cmd)
+	reach.add(cmd)
 	flags.add(cmd)
 	rec.add(cmd)
 	cmd.RunE = a.verb(func(ctx context.Context, args []string) error {
@@ -124,6 +129,9 @@ variables, input and output in the clear: they are no place for secrets.`,
 			return a.runRecorded(ctx, req.Snapshot, dropDashes(args), flags, rec)
 		}
 		if req.Secrets, err = a.readSecrets(secrets); err != nil {
+			return err
+		}
+		if err = errors.Join(limits.ask(&req), a.askNet(cmd, reach, &req)); err != nil {
 			return err
 		}
 		return a.withClient(ctx, func(c *client.Client) error {

@@ -21,7 +21,7 @@ func (a *app) portCommand() *cobra.Command {
 		Use:   "port ID GUEST-PORT [--host-port N]",
 		Short: "Forward a port of this host to a port of a sandbox",
 		Long: `Port listens on 127.0.0.1 and passes every connection on to a port of the
-sandbox, which has no network otherwise. It prints the address, and goes on until
+sandbox, which needs no network for that. It prints the address, and goes on until
 it is interrupted. Connections go through the daemon, wherever that is.
 
 Whoever is on this host can connect for as long: nobody asks for a token there.

@@ -24,6 +24,8 @@ const (
 	// maxRunInput bounds the standard input of a recorded run, and its files.
 	maxRunInput = 64 << 20
 
+	noNet = "what a recorded run depends on is in its record, and a network is not"
+
 	plainMode      = 0o644
 	executableMode = 0o755
 )
@@ -92,6 +94,15 @@ func (r *recordFlags) on(cmd *cobra.Command) (bool, error) {
 		{"idle-ttl", "there is no sandbox to have it"},
 		{"lifetime", "there is no sandbox to have it"},
 		{"pool", "there is no sandbox to take from it"},
+		{"memory-limit", "--limit, --virtual-limit and --max-output bound a run"},
+		{"cpus", "--limit, --virtual-limit and --max-output bound a run"},
+		{"pids-limit", "--limit, --virtual-limit and --max-output bound a run"},
+		{"io-limit", "--limit, --virtual-limit and --max-output bound a run"},
+		{"allow", noNet},
+		{"allow-file", noNet},
+		{"inspect", noNet},
+		{"net-rate", noNet},
+		{"egress-secret", noNet},
 	} {
 		if on && cmd.Flags().Changed(flag.name) {
 			return false, errdef.WithHint(fmt.Errorf("%w: --%s does not go with --deterministic or --recorded", errdef.ErrInvalid, flag.name), flag.hint)

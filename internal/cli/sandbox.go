@@ -34,17 +34,24 @@ func coldOf(cmd *cobra.Command) bool {
 func (a *app) forkCommand() *cobra.Command {
 	var req client.ForkRequest
 	var secrets []string
+	var limits limitFlags
+	var reach netFlags
 	cmd := &cobra.Command{
 		Use:   "fork --snapshot TAG",
 		Short: "Fork sandboxes from a snapshot",
 		Example: `  tine fork --snapshot py -n 10
   id=$(tine fork -q --snapshot py --lifetime 10m)
   tine fork --snapshot py --idle-ttl 5m --idle-suspend
-  tine fork --snapshot py --secret TOKEN=@token.txt --secret HOME_KEY`,
+  tine fork --snapshot py --secret TOKEN=@token.txt --secret HOME_KEY
+  tine fork --snapshot py --memory-limit 512 --cpus 0.5
+  tine fork --snapshot web --allow api.example.com --allow '*.example.org:443' --inspect
+  tine fork --snapshot web --allow api.example.com --egress-secret API_TOKEN:api.example.com:Authorization:Bearer`,
 		Args: cobra.NoArgs,
 	}
 	a.forkFlags(cmd, &req)
 	secretFlags(cmd, &secrets)
+	limits.add(cmd)
+	reach.add(cmd)
 	cmd.Flags().IntVarP(&req.N, "number", "n", 1, "how many")
 	cmd.Flags().BoolVar(&req.IdleSuspend, "idle-suspend", false, "suspend a sandbox after --idle-ttl, rather than remove it")
 	cmd.Flags().BoolVar(&req.KeepSecrets, "keep-secrets", false, "forks of the sandboxes have their secrets too")
@@ -59,6 +66,9 @@ func (a *app) forkCommand() *cobra.Command {
 		}
 		var err error
 		if req.Secrets, err = a.readSecrets(secrets); err != nil {
+			return err
+		}
+		if err = errors.Join(limits.ask(&req), a.askNet(cmd, reach, &req)); err != nil {
 			return err
 		}
 		return a.withClient(ctx, func(c *client.Client) error { return a.fork(ctx, c, req) })

@@ -21,6 +21,7 @@ func (a *app) snapshotCommand() *cobra.Command {
 func (a *app) snapshotCreate() *cobra.Command {
 	var req client.CreateSnapshotRequest
 	var shift int
+	var allow ruleFlags
 	var cmd *cobra.Command
 	cmd = &cobra.Command{
 		Use:   "create TAG",
@@ -28,6 +29,7 @@ func (a *app) snapshotCreate() *cobra.Command {
 		Example: `  tine snapshot create py --image py
   tine snapshot create ml --image py --memory 1024 --import numpy,pandas --warmup 'python3 -c 0'
   tine snapshot create web --image py --net --warmup 'python3 -c "import ssl"'
+  tine snapshot create deps --image py --net --allow '*.example.com:443' --warmup 'fetch-models'
   tine snapshot create same --image py --deterministic --warmup 'python3 -c 0'`,
 		Args: cobra.ExactArgs(1),
 		RunE: a.verb(func(ctx context.Context, args []string) error {
@@ -37,6 +39,13 @@ func (a *app) snapshotCreate() *cobra.Command {
 			}
 			if cmd.Flags().Changed("clock-shift") {
 				req.ClockShift = &shift
+			}
+			rules, err := allow.read()
+			if err != nil {
+				return err
+			}
+			if len(rules) > 0 {
+				req.NetAllow = client.EgressRules(rules...)
 			}
 			return a.withClient(ctx, func(c *client.Client) error {
 				news := a.newNews()
@@ -54,6 +63,7 @@ func (a *app) snapshotCreate() *cobra.Command {
 	f.IntVar(&req.MemoryMiB, "memory", 0, "the machine's memory in `MiB` (default the daemon's)")
 	f.IntVar(&req.DiskMiB, "disk", 0, "give it a scratch disk of so many `MiB`, which what is written goes to (default none: it stays in memory)")
 	f.BoolVar(&req.Net, "net", false, "give it, and all its forks, a network card (default none: no network but loopback)")
+	allow.add(cmd, "let the warm-up")
 	f.IntVar(&req.VCPUs, "cpus", 0, "the machine's processors (default the daemon's)")
 	f.StringArrayVar(&req.Warmup, "warmup", nil, "shell `command` to run before freezing; may be repeated")
 	f.StringSliceVar(&req.Imports, "import", nil, "`modules` for the warm interpreter to load")

@@ -122,6 +122,7 @@ While there is none, whoever reaches the daemon's loopback address may do
 everything. From the first on, until the daemon ends, all but the owner of its
 unix socket must show one.`
 	cmd.Example = `  tine token create ci --scope fork --max-sandboxes 20
+  tine token create agents --max-memory-mib 8192 --max-cpus 4
   tine token create deploy --sign
   tine token rm ci`
 	return cmd
@@ -159,6 +160,8 @@ clients sign each request with it, so that nobody who saw one can send it again.
 	f := cmd.Flags()
 	f.StringVar(&t.Scope, "scope", "fork", "what it may do: `read|fork|admin`")
 	f.IntVar(&t.MaxSandboxes, "max-sandboxes", 0, "how many sandboxes it may have at once (default no bound)")
+	f.IntVar(&t.MaxMemoryMiB, "max-memory-mib", 0, "what the memory limits of its sandboxes may come to, in `MiB` (default no bound)")
+	f.Float64Var(&t.MaxCPUs, "max-cpus", 0, "what their processor limits may come to, in `cores` (default no bound)")
 	f.BoolVar(&t.Sign, "sign", false, "demand that every request is signed with it")
 	return cmd
 }
@@ -173,17 +176,24 @@ func (a *app) tokenLs() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			t := table{header: []string{"NAME", "SCOPE", "SANDBOXES", "SIGNS", "AGE"}}
+			t := table{header: []string{"NAME", "SCOPE", "SANDBOXES", "MEMORY", "CPUS", "SIGNS", "AGE"}}
 			for _, one := range all {
 				limit := "-"
 				if one.MaxSandboxes > 0 {
 					limit = strconv.Itoa(one.MaxSandboxes)
 				}
+				memory, cpus := "-", "-"
+				if one.MaxMemoryMiB > 0 {
+					memory = strconv.Itoa(one.MaxMemoryMiB) + " MiB"
+				}
+				if one.MaxCPUs > 0 {
+					cpus = strconv.FormatFloat(one.MaxCPUs, 'f', -1, 64)
+				}
 				signs := "-"
 				if one.Sign {
 					signs = "yes"
 				}
-				t.add(one.Name, one.Scope, limit, signs, age(one.CreatedAt.Unix()))
+				t.add(one.Name, one.Scope, limit, memory, cpus, signs, age(one.CreatedAt.Unix()))
 			}
 			if all == nil {
 				all = []Token{}
@@ -234,8 +244,13 @@ func (a *app) askDaemon(f func(*client.Client) error) (bool, error) {
 
 func (a *app) createToken(ctx context.Context, t Token) (made Token, secret string, err error) {
 	asked, err := a.askDaemon(func(c *client.Client) error {
-		got, createErr := c.CreateToken(ctx, client.CreateTokenRequest{Name: t.Name, Scope: t.Scope, MaxSandboxes: t.MaxSandboxes, Sign: t.Sign})
-		made = Token{Name: got.Name, Scope: got.Scope, MaxSandboxes: got.MaxSandboxes, Sign: got.Sign, CreatedAt: got.CreatedAt}
+		got, createErr := c.CreateToken(ctx, client.CreateTokenRequest{
+			Name: t.Name, Scope: t.Scope, MaxSandboxes: t.MaxSandboxes, MaxMemoryMiB: t.MaxMemoryMiB, MaxCPUs: t.MaxCPUs, Sign: t.Sign,
+		})
+		made = Token{
+			Name: got.Name, Scope: got.Scope, MaxSandboxes: got.MaxSandboxes, MaxMemoryMiB: got.MaxMemoryMiB, MaxCPUs: got.MaxCPUs,
+			Sign: got.Sign, CreatedAt: got.CreatedAt,
+		}
 		secret = got.Token
 		return createErr
 	})
@@ -252,7 +267,10 @@ func (a *app) listTokens(ctx context.Context) (all []Token, err error) {
 	asked, err := a.askDaemon(func(c *client.Client) error {
 		tokens, listErr := c.Tokens(ctx)
 		for _, t := range tokens {
-			all = append(all, Token{Name: t.Name, Scope: t.Scope, MaxSandboxes: t.MaxSandboxes, Sign: t.Sign, CreatedAt: t.CreatedAt})
+			all = append(all, Token{
+				Name: t.Name, Scope: t.Scope, MaxSandboxes: t.MaxSandboxes, MaxMemoryMiB: t.MaxMemoryMiB, MaxCPUs: t.MaxCPUs,
+				Sign: t.Sign, CreatedAt: t.CreatedAt,
+			})
 		}
 		return listErr
 	})

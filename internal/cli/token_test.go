@@ -73,7 +73,7 @@ func TestToken(t *testing.T) {
 		t.Errorf("create (-want +got):\n%s", diff)
 	}
 	if code, out, _ = command(t, deps, env, "token", "ls"); code != 0 || strings.Contains(out, "secret") ||
-		!strings.Contains(out, "ci      fork   3          -") || !strings.Contains(out, "deploy  admin  -          yes") {
+		!strings.Contains(out, "ci      fork   3          -       -     -") || !strings.Contains(out, "deploy  admin  -          -       -     yes") {
 		t.Errorf("ls: %d\n%s", code, out)
 	}
 	if code, out, errs = command(t, deps, env, "token", "rm", "none"); code != 3 || out != "" || !strings.Contains(errs, "token none") {

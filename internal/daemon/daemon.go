@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -104,6 +105,7 @@ type Daemon struct {
 	guard      *auth.Guard      // nil when ephemeral
 	certs      *auth.Certificates
 	witness    *witness // nil when nothing is remembered
+	sweeping   sync.Mutex
 }
 
 // Open opens the state directory and takes over the sandboxes that it finds
@@ -157,7 +159,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 	u.Add(d.closeAttestor)
 	if !cfg.Ephemeral {
 		// What machines left that ended while nobody looked.
-		if err = cfg.Engine.Sweep(ctx, d.inUse); err != nil {
+		if err = d.sweep(ctx); err != nil {
 			d.log.WarnContext(ctx, "leftovers of machines not removed", "error", err)
 		}
 	}
@@ -172,7 +174,7 @@ func Open(ctx context.Context, cfg Config) (_ *Daemon, err error) {
 		if d.workspaces, err = workspace.Open(ctx, d.path("workspaces"), boxes, d.log); err != nil {
 			return nil, err
 		}
-		face.Workspaces = d.workspaces
+		face.Workspaces, face.Sweep = d.workspaces, d.sweep
 	}
 	d.handler = api.New(face)
 	return d, nil
@@ -200,6 +202,13 @@ func MakeStateDir(path string) (string, error) {
 }
 
 func (d *Daemon) path(name string) string { return filepath.Join(d.cfg.StateDir, name) }
+
+// sweep clears away what machines have left that are no more. Calls take turns.
+func (d *Daemon) sweep(ctx context.Context) error {
+	d.sweeping.Lock()
+	defer d.sweeping.Unlock()
+	return d.cfg.Engine.Sweep(ctx, d.inUse)
+}
 
 // inUse reports whether a machine of that name may run, or be about to: it has a
 // directory before it has anything else.

@@ -65,6 +65,15 @@ func ParseRule(text string) (Rule, error) {
 	return Rule{}, fmt.Errorf("egress rule %.80q: %w", text, err)
 }
 
+// Normal returns the rule as ParseRule would, or says what is wrong with it.
+func (r Rule) Normal() (Rule, error) {
+	p, err := r.parse()
+	if err != nil {
+		return Rule{}, fmt.Errorf("egress rule %.80s: %w", r, err)
+	}
+	return p.rule(), nil
+}
+
 func splitRule(text string) (Rule, error) {
 	if len(text) > maxRuleText {
 		return Rule{}, fmt.Errorf("%w: it is longer than %d bytes", errdef.ErrInvalid, maxRuleText)

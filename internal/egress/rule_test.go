@@ -120,3 +120,23 @@ func FuzzParseRule(f *testing.F) {
 		}
 	})
 }
+
+// TestNormal: a rule in parts becomes what its short form is read as.
+func TestNormal(t *testing.T) {
+	t.Parallel()
+	for want, r := range map[string]Rule{
+		"example.com:443":        {Domain: "EXAMPLE.com.", Ports: []string{"443-443"}},
+		"tcp:192.0.2.7:80,81-90": {CIDR: "192.0.2.7/32", Ports: []string{"80", "81-90"}, Protocol: TCP},
+		"*":                      {Domain: "*"},
+	} {
+		got, err := r.Normal()
+		if err != nil || got.String() != want {
+			t.Errorf("%+v: %s, %v", r, got, err)
+		}
+	}
+	for _, bad := range []Rule{{}, {CIDR: "192.0.2.7", Domain: "example.com"}, {CIDR: "example.com"}, {Domain: "192.0.2.7"}} {
+		if got, err := bad.Normal(); err == nil || got.String() != "" {
+			t.Errorf("%+v: %+v", bad, got)
+		}
+	}
+}

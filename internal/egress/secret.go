@@ -64,7 +64,8 @@ func (s Secret) prepare() (preparedSecret, error) {
 	}
 	p.header = http.CanonicalHeaderKey(s.Header)
 	if len(s.Header) > maxSecretName || !isToken(s.Header) || slices.Contains(framing(), p.header) {
-		return p, invalid("%.40q is no header that a secret can be", s.Header)
+		// What was meant for Value may be here.
+		return p, invalid("the header is no name of one that a secret can be")
 	}
 	if s.Value == "" || len(s.Value) > maxSecretValue || strings.ContainsFunc(s.Value, isControl) ||
 		strings.TrimSpace(s.Value) != s.Value {

@@ -48,6 +48,7 @@ type Metrics struct {
 	runs     *prometheus.CounterVec
 	verified *prometheus.CounterVec
 	streams  prometheus.Gauge
+	oom      prometheus.Counter
 }
 
 // New returns Metrics of a daemon of this version.
@@ -68,8 +69,11 @@ func New(version string) *Metrics {
 		runs:     counter("tine_runs_total", "Runs for the record, by mode and what they came to.", "mode", "outcome"),
 		verified: counter("tine_verifications_total", "Records that were verified, by result.", "result"),
 		streams:  prometheus.NewGauge(prometheus.GaugeOpts{Name: "tine_event_streams", Help: "Clients that follow the events."}),
+		oom: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "tine_sandbox_oom_total", Help: "Sandboxes that ended because they went over their memory limit.",
+		}),
 	}
-	m.registry.MustRegister(m.fork, m.exec, m.snapshot, m.pause, m.branch, m.requests, m.failures, m.events, m.runs, m.verified, m.streams,
+	m.registry.MustRegister(m.fork, m.exec, m.snapshot, m.pause, m.branch, m.requests, m.failures, m.events, m.runs, m.verified, m.streams, m.oom,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
@@ -125,6 +129,9 @@ func (m *Metrics) Failure(code string) { m.failures.WithLabelValues(code).Inc() 
 // Event notes an event of a type.
 func (m *Metrics) Event(kind string) { m.events.WithLabelValues(kind).Inc() }
 
+// OutOfMemory notes a sandbox that went over its memory limit.
+func (m *Metrics) OutOfMemory() { m.oom.Inc() }
+
 // Run notes a run for the record. Both words are of few.
 func (m *Metrics) Run(mode, outcome string) { m.runs.WithLabelValues(mode, outcome).Inc() }
 
@@ -146,9 +153,21 @@ type Sample struct {
 	// Private and Shared are bytes of memory, summed over Measured sandboxes.
 	Private, Shared int64
 	Measured        int
+	// Charged is what counts against the memory limits, summed over Charges
+	// sandboxes. Charges is 0 where the host does not count.
+	Charged int64
+	Charges int
 	// Branches is how many are under way, of BranchCap.
 	Branches, BranchCap int
 	Pools               []Pool
+	Net                 Net
+}
+
+// Net is what sandboxes' networks carry, and have carried since the daemon
+// started.
+type Net struct {
+	Networks, Connections      int64 // now
+	BytesUp, BytesDown, Denied uint64
 }
 
 // Pool is a snapshot's.

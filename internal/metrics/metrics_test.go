@@ -56,8 +56,10 @@ func TestCounted(t *testing.T) {
 	m.Run("deterministic", "ok")
 	m.Verified("mismatch")
 	m.StreamOpened()
+	m.OutOfMemory()
 	got := text(t, m, metrics.Sample{
 		Private: 5, Shared: 7, Measured: 1, Pools: []metrics.Pool{{Snapshot: "py", Ready: 1, Want: 2}},
+		Charged: 9, Charges: 1, Net: metrics.Net{Networks: 3, Connections: 4, BytesUp: 5, BytesDown: 6, Denied: 7},
 	})
 	for _, want := range []string{
 		`tine_fork_seconds_count{source="pool"} 1`, `tine_fork_seconds_bucket{source="restore",le="0.1"} 1`,
@@ -68,6 +70,9 @@ func TestCounted(t *testing.T) {
 		`tine_failures_total{cause="not_found"} 1`, `tine_events_total{type="created"} 1`, `tine_event_streams 1`,
 		`tine_runs_total{mode="deterministic",outcome="ok"} 1`, `tine_verifications_total{result="mismatch"} 1`,
 		`tine_sandbox_memory_private_bytes 5`, `tine_sandbox_memory_shared_bytes 7`,
+		`tine_sandbox_oom_total 1`, `tine_sandbox_memory_charged_bytes 9`, `tine_sandbox_memory_charged 1`,
+		`tine_egress_networks 3`, `tine_egress_connections 4`, `tine_egress_bytes_total{direction="up"} 5`,
+		`tine_egress_bytes_total{direction="down"} 6`, `tine_egress_denied_total 7`,
 		`tine_pool_ready{snapshot="py"} 1`, `tine_pool_want{snapshot="py"} 2`,
 	} {
 		if !strings.Contains(got, want+"\n") {
@@ -86,7 +91,7 @@ func TestTwo(t *testing.T) {
 		wg.Go(func() { _ = a.Write(&bytes.Buffer{}, metrics.Sample{}) })
 	}
 	wg.Wait()
-	if strings.Contains(text(t, b, metrics.Sample{}), "denied") {
+	if strings.Contains(text(t, b, metrics.Sample{}), `cause="denied"`) {
 		t.Error("b has counted what a did")
 	}
 }

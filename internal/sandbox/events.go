@@ -201,6 +201,7 @@ func (m *Manager) promoted(snap snapshot.Snapshot, err error) (snapshot.Snapshot
 type Load struct {
 	Branches, BranchCap int // under way, and the most there may be
 	Pools               []PoolLoad
+	Net                 NetTotals
 }
 
 // PoolLoad is how full a pool is.
@@ -212,7 +213,7 @@ type PoolLoad struct {
 
 // Load says how busy the Manager is. It looks at nothing but its own memory.
 func (m *Manager) Load() Load {
-	load := Load{Branches: len(m.branchSlots), BranchCap: cap(m.branchSlots)}
+	load := Load{Branches: len(m.branchSlots), BranchCap: cap(m.branchSlots), Net: m.outlets.totals()}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for digest, p := range m.pools {

@@ -45,6 +45,12 @@ func (m *Manager) limits(asked vmm.Limits, shape vmm.Machine) vmm.Limits {
 	}
 }
 
+// LimitsOf are what a machine of the shape would have that is forked with what
+// was asked for: 0 for what this host does not limit.
+func (m *Manager) LimitsOf(asked vmm.Limits, shape vmm.Machine) vmm.Limits {
+	return m.limits(asked, shape)
+}
+
 // minPIDs is what a monitor needs to come up.
 const minPIDs = 16
 

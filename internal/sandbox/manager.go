@@ -125,6 +125,7 @@ type Manager struct {
 	stop        context.CancelCauseFunc
 	calls       sync.WaitGroup // what begin has let in, and the fillers of pools
 	lives       sync.WaitGroup // of sandboxes
+	outlets     outlets
 
 	// mu may be held while a box's own is taken, never the other way round.
 	mu       sync.Mutex

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/egress"
@@ -48,6 +49,7 @@ type NetState struct {
 
 // outlet carries what one machine sends.
 type outlet struct {
+	all     *outlets // that it is among
 	gateway *egress.Gateway
 	stop    context.CancelFunc
 	done    chan struct{}
@@ -65,7 +67,80 @@ func (m *Manager) checkNet(reach *Net, shape vmm.Machine) (*egress.Policy, error
 	if err != nil {
 		return nil, err
 	}
+	if err = checkSize(policy.Rules()); err != nil {
+		return nil, err
+	}
 	return policy, m.gatewayConfig("", policy, reach).Validate()
+}
+
+// maxRulesSize bounds rules as they are in a record, which has a bound itself.
+const maxRulesSize = maxRecord / 2
+
+func checkSize(rules egress.Rules) error {
+	data, err := json.Marshal(rules)
+	if err == nil && len(data) > maxRulesSize {
+		err = fmt.Errorf("%w: egress rules of %d bytes, more than %d", errdef.ErrInvalid, len(data), maxRulesSize)
+		err = errdef.WithHint(err, "allow prefixes and *.NAME in place of many single addresses and names")
+	}
+	return err
+}
+
+func noCard(id string) error {
+	return errdef.WithHint(fmt.Errorf("%w: sandbox %s has no network card", errdef.ErrUnsupported, id),
+		"its snapshot has none: tine snapshot create --net")
+}
+
+// NetTotals count what the networks of all machines did since the Manager was
+// made, those that have ended included. No count ever falls but the open ones.
+type NetTotals struct {
+	Networks    int   // that carry something now
+	Connections int64 // that are open, flows of UDP included
+	BytesUp     uint64
+	BytesDown   uint64
+	Denied      uint64
+}
+
+func (t *NetTotals) add(s egress.Stats) {
+	t.BytesUp, t.BytesDown, t.Denied = t.BytesUp+s.BytesUp, t.BytesDown+s.BytesDown, t.Denied+s.Denied
+}
+
+// outlets are those that are open, and what the others did.
+type outlets struct {
+	mu   sync.Mutex
+	open map[*outlet]struct{}
+	past NetTotals
+}
+
+func (all *outlets) opened(o *outlet) {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	if all.open == nil {
+		all.open = map[*outlet]struct{}{}
+	}
+	all.open[o] = struct{}{}
+}
+
+// closed notes that an outlet counts no more.
+func (all *outlets) closed(o *outlet) {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	if _, ok := all.open[o]; ok {
+		delete(all.open, o)
+		all.past.add(o.gateway.Stats())
+	}
+}
+
+func (all *outlets) totals() NetTotals {
+	all.mu.Lock()
+	defer all.mu.Unlock()
+	t := all.past
+	t.Networks = len(all.open)
+	for o := range all.open {
+		s := o.gateway.Stats()
+		t.add(s)
+		t.Connections += s.ConnectionsOpen + s.FlowsOpen
+	}
+	return t
 }
 
 func (m *Manager) gatewayConfig(id string, policy *egress.Policy, reach *Net) egress.Config {
@@ -100,7 +175,8 @@ func (m *Manager) newOutlet(id string, vm vmm.VM, shape vmm.Machine, reach *Net)
 		return nil, fmt.Errorf("open network: %w", err)
 	}
 	ctx, stop := context.WithCancel(context.WithoutCancel(m.ctx))
-	o := &outlet{gateway: gateway, stop: stop, done: make(chan struct{})}
+	o := &outlet{all: &m.outlets, gateway: gateway, stop: stop, done: make(chan struct{})}
+	m.outlets.opened(o)
 	go func() {
 		defer close(o.done)
 		if err := gateway.Serve(ctx, link); err != nil && ctx.Err() == nil {
@@ -117,6 +193,7 @@ func (o *outlet) close() {
 	}
 	o.stop()
 	<-o.done
+	o.all.closed(o)
 }
 
 // connect gives the sandbox's machine its network, in place of the one that its
@@ -149,25 +226,37 @@ func (b *box) disconnect() {
 // SetNet changes what a sandbox may reach, at once: what it has open and may not
 // reach any more is cut. Its secrets and rates stay.
 func (m *Manager) SetNet(ctx context.Context, id string, rules egress.Rules) (NetState, error) {
+	return m.EditNet(ctx, id, func(egress.Rules) (egress.Rules, error) { return rules, nil })
+}
+
+// EditNet is SetNet with what edit makes of the rules that there are, which it
+// must not change: of two edits at once none is lost. edit must not block.
+func (m *Manager) EditNet(ctx context.Context, id string, edit func(egress.Rules) (egress.Rules, error)) (NetState, error) {
 	b, done, err := m.turnOf(&ctx, id)
 	if err != nil {
 		return NetState{}, err
 	}
 	defer done()
-	if err = b.setNet(rules); err != nil {
+	if err = b.editNet(edit); err != nil {
 		return NetState{}, fmt.Errorf("set network of sandbox %s: %w", id, err)
 	}
 	return b.netState()
 }
 
-func (b *box) setNet(rules egress.Rules) error {
+func (b *box) editNet(edit func(egress.Rules) (egress.Rules, error)) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if !b.record.Machine.Net {
+		return noCard(b.id)
+	}
 	var reach Net
 	if b.record.Net != nil {
 		reach = *b.record.Net
 	}
-	reach.Rules = rules
+	var err error
+	if reach.Rules, err = edit(reach.Rules); err != nil {
+		return err
+	}
 	policy, err := b.m.checkNet(&reach, b.record.Machine)
 	if err != nil {
 		return err
@@ -199,7 +288,7 @@ func (b *box) netState() (NetState, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if !b.record.Machine.Net {
-		return NetState{}, fmt.Errorf("%w: sandbox %s has no network card", errdef.ErrUnsupported, b.id)
+		return NetState{}, noCard(b.id)
 	}
 	var state NetState
 	if b.record.Net != nil {
@@ -258,12 +347,14 @@ func (m *Manager) findSecrets(id string) ([]egress.Secret, error) {
 	return secrets, nil
 }
 
-// reconnect gives a machine that an earlier daemon started its network again.
-func (b *box) reconnect(vm vmm.VM) (err error) {
-	if b.record.Net != nil {
-		if b.record.Net.Secrets, err = b.m.findSecrets(b.id); err != nil {
-			return err
-		}
+// recallSecrets completes the record of a sandbox that an earlier daemon had,
+// whether it runs or is suspended.
+func (m *Manager) recallSecrets(r *record) (err error) {
+	if r.Net == nil {
+		return nil
 	}
-	return b.connect(vm)
+	if r.Net.Secrets, err = m.findSecrets(r.ID); err != nil {
+		r.Net = nil // what it may reach was for requests with them
+	}
+	return err
 }

@@ -144,6 +144,17 @@ func TestEgressLasts(t *testing.T) {
 	if err != nil || len(b.record.Net.Secrets) != 1 || b.record.Net.Secrets[0].Value != "Bearer s3cret" {
 		t.Errorf("secrets after a daemon: %v, %v", b.record.Net.Secrets, err)
 	}
+	if _, err = m.Suspend(t.Context(), id); err != nil { // and once more, while it has no machine
+		t.Fatal(err)
+	}
+	closeManager(t, m)
+	m = w.netManager(t, lasting)
+	if b, err = m.find(id); err != nil || len(b.record.Net.Secrets) != 1 || b.record.Net.Secrets[0].Value != "Bearer s3cret" {
+		t.Errorf("secrets of one that was suspended: %v, %v", b.record.Net.Secrets, err)
+	}
+	if _, err = m.Resume(t.Context(), id); err != nil || !w.reaches(t, m, id, outside) {
+		t.Errorf("not reached after it was resumed by another daemon: %v", err)
+	}
 	record, err := os.ReadFile(filepath.Join(m.dir(id), recordFile))
 	if err != nil || strings.Contains(string(record), "s3cret") {
 		t.Errorf("the record tells a secret, %v", err)

@@ -23,7 +23,7 @@ const recordVersion = 1
 const recordFile = "sandbox.json"
 
 // maxRecord bounds what is read of one.
-const maxRecord = 1 << 20
+const maxRecord = 4 << 20
 
 // record is what another process needs to take over, or clear away, a
 // sandbox: docs/formats/sandbox.md. It is there before the machine is, and is

@@ -95,11 +95,13 @@ func (m *Manager) adopt(ctx context.Context, r record, machines []process) error
 	r.LastActive = time.Now() // its clients could not use it
 	m.Logger.InfoContext(ctx, "sandbox adopted", "sandbox", r.ID, "state", r.State, "pid", r.PID)
 	m.Events.adopted(r.Info)
+	err = m.recallSecrets(&r)
 	b := newBox(m, vm, r)
-	if vm != nil {
-		if err := b.reconnect(vm); err != nil {
-			m.Logger.WarnContext(ctx, "adopted sandbox has no network", "sandbox", r.ID, "error", err)
-		}
+	if vm != nil && err == nil {
+		err = b.connect(vm)
+	}
+	if err != nil {
+		m.Logger.WarnContext(ctx, "adopted sandbox has no network", "sandbox", r.ID, "error", err)
 	}
 	m.mu.Lock()
 	m.held++

@@ -365,8 +365,10 @@ const (
 	EventTypeBranched        EventType = "branched"
 	EventTypeCreated         EventType = "created"
 	EventTypeDied            EventType = "died"
+	EventTypeEgressDenied    EventType = "egress_denied"
 	EventTypeExpired         EventType = "expired"
 	EventTypeGap             EventType = "gap"
+	EventTypeOutOfMemory     EventType = "out_of_memory"
 	EventTypeRemoved         EventType = "removed"
 	EventTypeResumed         EventType = "resumed"
 	EventTypeRolledBack      EventType = "rolled_back"
@@ -385,9 +387,13 @@ func (e EventType) Valid() bool {
 		return true
 	case EventTypeDied:
 		return true
+	case EventTypeEgressDenied:
+		return true
 	case EventTypeExpired:
 		return true
 	case EventTypeGap:
+		return true
+	case EventTypeOutOfMemory:
 		return true
 	case EventTypeRemoved:
 		return true
@@ -905,6 +911,15 @@ type BuildImageRequest struct {
 	Warmup []string `json:"warmup,omitempty"`
 }
 
+// ChangeNetRequest Rules to take away, and to add.
+type ChangeNetRequest struct {
+	Allow EgressRules `json:"allow,omitempty"`
+
+	// Inspect Absent, it stays as it is.
+	Inspect *bool       `json:"inspect,omitempty"`
+	Remove  EgressRules `json:"remove,omitempty"`
+}
+
 // CheckProblem Something that is not as it was written.
 type CheckProblem struct {
 	Problem  string `json:"problem"`
@@ -929,6 +944,9 @@ type CompactRequest struct {
 type CreateSandboxesRequest struct {
 	AllOrNothing *bool `json:"all_or_nothing,omitempty"`
 
+	// CPULimit How many cores it may use, 0.5 being half of one. 0: its processors and a half.
+	CPULimit float64 `json:"cpu_limit,omitempty"`
+
 	// Hugepages Accepted and ignored.
 	Hugepages bool `json:"hugepages,omitempty"`
 
@@ -938,6 +956,9 @@ type CreateSandboxesRequest struct {
 	// IdleTTLSecs Remove, or suspend, a sandbox that is unused for so long.
 	IdleTTLSecs float64 `json:"idle_ttl_secs,omitempty"`
 
+	// IOLimitBytes How many bytes it may read from disk in a second, and how many write. 0: no limit.
+	IOLimitBytes int64 `json:"io_limit_bytes,omitempty"`
+
 	// KeepSecrets Forks of the sandbox have its secrets too.
 	KeepSecrets bool              `json:"keep_secrets,omitempty"`
 	Labels      map[string]string `json:"labels,omitempty"`
@@ -946,12 +967,21 @@ type CreateSandboxesRequest struct {
 	LifetimeSecs float64 `json:"lifetime_secs,omitempty"`
 
 	// LiveFork Accepted; every fork shares the snapshot's memory.
-	LiveFork       bool   `json:"live_fork,omitempty"`
+	LiveFork bool `json:"live_fork,omitempty"`
+
+	// MemoryLimitMiB What its machine may have of the host's memory, the monitor included; it is ended when it has more. 0: the machine's own memory and 192.
 	MemoryLimitMiB *int64 `json:"memory_limit_mib,omitempty"`
 	N              *int   `json:"n,omitempty"`
 
-	// PerChildNetns Not served yet.
+	// Net What forks of a snapshot with a network card may reach. Without it that
+	// is nothing.
+	Net *NetRequest `json:"net,omitempty"`
+
+	// PerChildNetns Accepted where the snapshot has a network card: its sandboxes have networks of their own anyway. Where it has none it is 400.
 	PerChildNetns bool `json:"per_child_netns,omitempty"`
+
+	// PIDsLimit How many threads its monitor may have, at least 16. 0: 128.
+	PIDsLimit int `json:"pids_limit,omitempty"`
 
 	// Pool Take warm forks where some are parked.
 	Pool *bool `json:"pool,omitempty"`
@@ -997,6 +1027,9 @@ type CreateSnapshotRequest struct {
 	// Net Give the machine, and so all its forks, a network card. Without one there is no network but loopback.
 	Net bool `json:"net,omitempty"`
 
+	// NetAllow What the warm-up may reach, with `net`. Forks may reach what they are given themselves.
+	NetAllow EgressRules `json:"net_allow,omitempty"`
+
 	// Replace Move the tag if it exists.
 	Replace bool `json:"replace,omitempty"`
 
@@ -1017,7 +1050,9 @@ type CreateSnapshotRequest struct {
 
 // CreateTokenRequest A token to make.
 type CreateTokenRequest struct {
-	MaxSandboxes int `json:"max_sandboxes,omitempty"`
+	MaxCPUs      float64 `json:"max_cpus,omitempty"`
+	MaxMemoryMiB int     `json:"max_memory_mib,omitempty"`
+	MaxSandboxes int     `json:"max_sandboxes,omitempty"`
 
 	// Name 1 to 32 of a-z, 0-9 and -, beginning with a letter.
 	Name string `json:"name"`
@@ -1034,7 +1069,7 @@ type CreateWorkspaceRequest struct {
 	// Name 1 to 64 letters, digits, dashes and underscores.
 	Name string `json:"name"`
 
-	// PerChildNetns Not served yet.
+	// PerChildNetns Accepted where the snapshot has a network card: its sandboxes have networks of their own anyway. Where it has none it is 400.
 	PerChildNetns bool `json:"per_child_netns,omitempty"`
 
 	// SnapshotTag A snapshot's tag or digest.
@@ -1044,6 +1079,8 @@ type CreateWorkspaceRequest struct {
 // CreatedToken A new token, this once.
 type CreatedToken struct {
 	CreatedAt    time.Time `json:"created_at"`
+	MaxCPUs      float64   `json:"max_cpus,omitempty"`
+	MaxMemoryMiB int       `json:"max_memory_mib,omitempty"`
 	MaxSandboxes int       `json:"max_sandboxes,omitempty"`
 	Name         string    `json:"name"`
 	Scope        string    `json:"scope"`
@@ -1110,6 +1147,76 @@ type DoctorCheckStatus string
 // DoctorReport The state of a host.
 type DoctorReport struct {
 	Checks []DoctorCheck `json:"checks"`
+}
+
+// EgressDenial What was denied of one destination for one reason.
+type EgressDenial struct {
+	Count int64  `json:"count"`
+	First string `json:"first"`
+	Last  string `json:"last"`
+
+	// Protocol `tcp`, `udp` or `dns`; empty for what `overflow` stands for.
+	Protocol string `json:"protocol"`
+
+	// Reason `no_rule`, `unknown_name`, `query_type`, `unspecified`, `loopback`,
+	// `link_local`, `multicast`, `private`, `host`, `not_ipv4`,
+	// `no_server_name`, `wrong_server_name`, `cannot_inspect`,
+	// `too_many_connections`, `too_many_flows`, or `overflow`, which stands
+	// for all that the list has no room for.
+	Reason string `json:"reason"`
+
+	// To An address and port, or a name. The sandbox chose it.
+	To string `json:"to"`
+}
+
+// EgressRule What may be reached: in the short form, `[tcp:|udp:]TARGET[:PORTS]`, or
+// in parts. docs/isolation.md has the meaning.
+type EgressRule = RuleForm
+
+// EgressSecret A header that the daemon adds to plain HTTP requests of the sandbox, to
+// port 80 of a host of `hosts` that a domain rule allows, and then sends
+// over TLS. The sandbox never has it; nor do its forks. No answer has the
+// value.
+type EgressSecret struct {
+	// Clear Send the request in clear, to port 80.
+	Clear  bool     `json:"clear,omitempty"`
+	Header string   `json:"header"`
+	Hosts  []string `json:"hosts"`
+	Name   string   `json:"name"`
+	Value  string   `json:"value"`
+}
+
+// EgressStats What a sandbox's network has carried. Up is from the sandbox.
+type EgressStats struct {
+	BytesDown int64 `json:"bytes_down"`
+
+	// BytesUp Of payload.
+	BytesUp int64 `json:"bytes_up"`
+
+	// ConnectionsOpen Of TCP.
+	ConnectionsOpen  int64 `json:"connections_open"`
+	ConnectionsTotal int64 `json:"connections_total"`
+
+	// DenialsOverflow Those of `denied` without a line of their own in `denials`.
+	DenialsOverflow int64 `json:"denials_overflow"`
+
+	// DenialsUnreported Those that no event tells of because there were too many.
+	DenialsUnreported int64 `json:"denials_unreported"`
+	Denied            int64 `json:"denied"`
+
+	// DialFailed Connections that were allowed and did not come about.
+	DialFailed int64 `json:"dial_failed"`
+	DNSDropped int64 `json:"dns_dropped"`
+	DNSQueries int64 `json:"dns_queries"`
+
+	// FlowsOpen Of UDP.
+	FlowsOpen   int64 `json:"flows_open"`
+	FlowsTotal  int64 `json:"flows_total"`
+	PacketsDown int64 `json:"packets_down"`
+
+	// PacketsDropped Over a rate or a bound, or could not be sent.
+	PacketsDropped int64 `json:"packets_dropped"`
+	PacketsUp      int64 `json:"packets_up"`
 }
 
 // Error What went wrong.
@@ -1382,6 +1489,35 @@ type Image struct {
 	Warmup []string `json:"warmup"`
 }
 
+// KnownSecret What is told of an egress secret.
+type KnownSecret struct {
+	Clear  bool     `json:"clear,omitempty"`
+	Header string   `json:"header"`
+	Hosts  []string `json:"hosts"`
+	Name   string   `json:"name"`
+}
+
+// LimitRequest Limits to change. What is absent stays; 0 is what a sandbox has that asked for nothing.
+type LimitRequest struct {
+	CPULimit       *float64 `json:"cpu_limit,omitempty"`
+	IOLimitBytes   *int64   `json:"io_limit_bytes,omitempty"`
+	MemoryLimitMiB *int64   `json:"memory_limit_mib,omitempty"`
+	PIDsLimit      *int     `json:"pids_limit,omitempty"`
+}
+
+// Limits What a machine, its monitor included, may take of its host. What is absent has no limit.
+type Limits struct {
+	// CPUMillis Thousandths of a core.
+	CPUMillis int `json:"cpu_millis,omitempty"`
+
+	// IOBytes Bytes from disk in a second, and as many to it.
+	IOBytes   int64 `json:"io_bytes,omitempty"`
+	MemoryMiB int   `json:"memory_mib,omitempty"`
+
+	// PIDs Threads of the monitor.
+	PIDs int `json:"pids,omitempty"`
+}
+
 // MkdirRequest A directory to make.
 type MkdirRequest struct {
 	Mode string `json:"mode,omitempty"`
@@ -1392,6 +1528,43 @@ type MkdirRequest struct {
 type MoveRequest struct {
 	From string `json:"from"`
 	To   string `json:"to"`
+}
+
+// NetGCReport What came of it.
+type NetGCReport struct {
+	// Networks How many sandboxes that are there have a network card.
+	Networks int `json:"networks"`
+}
+
+// NetRequest What forks of a snapshot with a network card may reach. Without it that
+// is nothing.
+type NetRequest struct {
+	Allow              EgressRules `json:"allow,omitempty"`
+	DownBytesPerSecond int64       `json:"down_bytes_per_second,omitempty"`
+
+	// Inspect Connections to ports 80 and 443 that only a domain rule opens must show an allowed name.
+	Inspect bool          `json:"inspect,omitempty"`
+	Secrets EgressSecrets `json:"secrets,omitempty"`
+
+	// UpBytesPerSecond 0: no bound.
+	UpBytesPerSecond int64 `json:"up_bytes_per_second,omitempty"`
+}
+
+// NetRow The network of one sandbox.
+type NetRow struct {
+	BytesDown int64 `json:"bytes_down"`
+	BytesUp   int64 `json:"bytes_up"`
+
+	// ConnectionsOpen Flows of UDP, too.
+	ConnectionsOpen  int64  `json:"connections_open"`
+	ConnectionsTotal int64  `json:"connections_total"`
+	Denied           int64  `json:"denied"`
+	ID               string `json:"id"`
+	Inspect          bool   `json:"inspect"`
+
+	// Rules How many there are.
+	Rules       int    `json:"rules"`
+	SnapshotTag string `json:"snapshot_tag,omitempty"`
 }
 
 // Node A snapshot in the tree.
@@ -1837,13 +2010,21 @@ type Sandbox struct {
 
 	// LastBranchMemoryPath The memory, or the layer, of its last branch, while that is there.
 	LastBranchMemoryPath *string `json:"last_branch_memory_path"`
-	MemoryLimitMiB       *int64  `json:"memory_limit_mib"`
-	MemoryMiB            int     `json:"memory_mib,omitempty"`
+
+	// Limits What a machine, its monitor included, may take of its host. What is absent has no limit.
+	Limits *Limits `json:"limits,omitempty"`
+
+	// MemoryLimitMiB What was asked for; what is in force is in `limits`.
+	MemoryLimitMiB *int64 `json:"memory_limit_mib"`
+	MemoryMiB      int    `json:"memory_mib,omitempty"`
 
 	// Net It has a network card.
 	Net   bool    `json:"net,omitempty"`
 	Netns *string `json:"netns"`
-	PID   *int    `json:"pid"`
+
+	// OutOfMemory It is dead because it went over its memory limit.
+	OutOfMemory bool `json:"out_of_memory,omitempty"`
+	PID         *int `json:"pid"`
 
 	// PrivateBytes Memory that is its own; only where one sandbox is asked for.
 	PrivateBytes int64 `json:"private_bytes,omitempty"`
@@ -1864,6 +2045,30 @@ type SandboxIdleAction string
 
 // SandboxState defines model for Sandbox.State.
 type SandboxState string
+
+// SandboxNet What a sandbox may reach, and what it has tried.
+type SandboxNet struct {
+	// Allow Rules, in their short and normal form.
+	Allow []string `json:"allow"`
+
+	// Denials At most 257, the latest first.
+	Denials            []EgressDenial `json:"denials"`
+	DownBytesPerSecond int64          `json:"down_bytes_per_second,omitempty"`
+	Inspect            bool           `json:"inspect"`
+	Secrets            []KnownSecret  `json:"secrets"`
+
+	// Stats What a sandbox's network has carried. Up is from the sandbox.
+	Stats            EgressStats `json:"stats"`
+	UpBytesPerSecond int64       `json:"up_bytes_per_second,omitempty"`
+}
+
+// SetNetRequest What a sandbox may reach.
+type SetNetRequest struct {
+	Allow EgressRules `json:"allow"`
+
+	// Inspect Absent, it stays as it is.
+	Inspect *bool `json:"inspect,omitempty"`
+}
 
 // SetPoolRequest A pool's new size.
 type SetPoolRequest struct {
@@ -2123,6 +2328,12 @@ type SuspendWorkspaceRequest struct {
 type Token struct {
 	CreatedAt time.Time `json:"created_at"`
 
+	// MaxCPUs The same of their processor limits, in cores.
+	MaxCPUs float64 `json:"max_cpus,omitempty"`
+
+	// MaxMemoryMiB What the memory limits of its sandboxes may come to; absent, there is no bound.
+	MaxMemoryMiB int `json:"max_memory_mib,omitempty"`
+
 	// MaxSandboxes How many sandboxes it may have at once; absent, there is no bound.
 	MaxSandboxes int    `json:"max_sandboxes,omitempty"`
 	Name         string `json:"name"`
@@ -2135,6 +2346,32 @@ type Token struct {
 // Tree All snapshots, and how they came about.
 type Tree struct {
 	Nodes []Node `json:"nodes"`
+}
+
+// Usage What a machine, its monitor included, takes of its host.
+type Usage struct {
+	// CPUSecs Processor time in all.
+	CPUSecs float64 `json:"cpu_secs"`
+
+	// MemoryBytes All that counts against its limit.
+	MemoryBytes int64 `json:"memory_bytes"`
+
+	// PeakBytes The most that it has been; 0 if not known.
+	PeakBytes int64 `json:"peak_bytes"`
+	PIDs      int   `json:"pids"`
+
+	// PrivateBytes Of that, what vanishes with it.
+	PrivateBytes int64 `json:"private_bytes"`
+
+	// ReadBytes From disk; 0 if not known.
+	ReadBytes int64 `json:"read_bytes"`
+
+	// SharedBytes Of that, page cache, which the host can take back.
+	SharedBytes int64 `json:"shared_bytes"`
+
+	// ThrottledSecs How long its limit has held it back.
+	ThrottledSecs float64 `json:"throttled_secs"`
+	WriteBytes    int64   `json:"write_bytes"`
 }
 
 // VerifyDifference A difference of two outputs.
@@ -2523,6 +2760,15 @@ type MakeDirectoryJSONRequestBody = MkdirRequest
 // MoveFileJSONRequestBody defines body for MoveFile for application/json ContentType.
 type MoveFileJSONRequestBody = MoveRequest
 
+// LimitSandboxJSONRequestBody defines body for LimitSandbox for application/json ContentType.
+type LimitSandboxJSONRequestBody = LimitRequest
+
+// ChangeNetJSONRequestBody defines body for ChangeNet for application/json ContentType.
+type ChangeNetJSONRequestBody = ChangeNetRequest
+
+// SetNetJSONRequestBody defines body for SetNet for application/json ContentType.
+type SetNetJSONRequestBody = SetNetRequest
+
 // PublishPortJSONRequestBody defines body for PublishPort for application/json ContentType.
 type PublishPortJSONRequestBody = PublishPortRequest
 
@@ -2674,6 +2920,12 @@ type ServerInterface interface {
 	// GetImage Describe an image
 	// (GET /v1/images/{name})
 	GetImage(w http.ResponseWriter, r *http.Request, name ImageName)
+	// ListNets List the sandboxes with a network card
+	// (GET /v1/net)
+	ListNets(w http.ResponseWriter, r *http.Request)
+	// CollectNets Remove what machines that ended have left on the host
+	// (POST /v1/net/gc)
+	CollectNets(w http.ResponseWriter, r *http.Request)
 	// ListRecords List records, the newest first
 	// (GET /v1/records)
 	ListRecords(w http.ResponseWriter, r *http.Request, params ListRecordsParams)
@@ -2731,6 +2983,18 @@ type ServerInterface interface {
 	// StatFile Describe a file
 	// (GET /v1/sandboxes/{id}/files/stat)
 	StatFile(w http.ResponseWriter, r *http.Request, id SandboxID, params StatFileParams)
+	// LimitSandbox Change what a sandbox may take of its host
+	// (PATCH /v1/sandboxes/{id}/limits)
+	LimitSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// GetNet Say what a sandbox may reach, and what it has tried
+	// (GET /v1/sandboxes/{id}/net)
+	GetNet(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// ChangeNet Add rules to what a sandbox may reach, and take others away
+	// (PATCH /v1/sandboxes/{id}/net)
+	ChangeNet(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// SetNet Set what a sandbox may reach
+	// (PUT /v1/sandboxes/{id}/net)
+	SetNet(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// PingSandbox Ask the sandbox's agent for a sign of life
 	// (POST /v1/sandboxes/{id}/ping)
 	PingSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
@@ -2758,6 +3022,9 @@ type ServerInterface interface {
 	// SuspendSandbox Write a sandbox's memory to disk and end its machine
 	// (POST /v1/sandboxes/{id}/suspend)
 	SuspendSandbox(w http.ResponseWriter, r *http.Request, id SandboxID)
+	// GetUsage Say what a sandbox takes of its host
+	// (GET /v1/sandboxes/{id}/usage)
+	GetUsage(w http.ResponseWriter, r *http.Request, id SandboxID)
 	// ListSnapshots List snapshots
 	// (GET /v1/snapshots)
 	ListSnapshots(w http.ResponseWriter, r *http.Request, params ListSnapshotsParams)
@@ -3320,6 +3587,34 @@ func (siw *ServerInterfaceWrapper) GetImage(w http.ResponseWriter, r *http.Reque
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.GetImage(w, r, name)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ListNets operation middleware
+func (siw *ServerInterfaceWrapper) ListNets(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ListNets(w, r)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// CollectNets operation middleware
+func (siw *ServerInterfaceWrapper) CollectNets(w http.ResponseWriter, r *http.Request) {
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.CollectNets(w, r)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -4094,6 +4389,110 @@ func (siw *ServerInterfaceWrapper) StatFile(w http.ResponseWriter, r *http.Reque
 	handler.ServeHTTP(w, r)
 }
 
+// LimitSandbox operation middleware
+func (siw *ServerInterfaceWrapper) LimitSandbox(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.LimitSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetNet operation middleware
+func (siw *ServerInterfaceWrapper) GetNet(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetNet(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// ChangeNet operation middleware
+func (siw *ServerInterfaceWrapper) ChangeNet(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.ChangeNet(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// SetNet operation middleware
+func (siw *ServerInterfaceWrapper) SetNet(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.SetNet(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
 // PingSandbox operation middleware
 func (siw *ServerInterfaceWrapper) PingSandbox(w http.ResponseWriter, r *http.Request) {
 
@@ -4337,6 +4736,32 @@ func (siw *ServerInterfaceWrapper) SuspendSandbox(w http.ResponseWriter, r *http
 
 	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		siw.Handler.SuspendSandbox(w, r, id)
+	}))
+
+	for _, middleware := range siw.HandlerMiddlewares {
+		handler = middleware(handler)
+	}
+
+	handler.ServeHTTP(w, r)
+}
+
+// GetUsage operation middleware
+func (siw *ServerInterfaceWrapper) GetUsage(w http.ResponseWriter, r *http.Request) {
+
+	var err error
+	_ = err
+
+	// ------------- Path parameter "id" -------------
+	var id SandboxID
+
+	err = runtime.BindStyledParameterWithOptions("simple", "id", r.PathValue("id"), &id, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationPath, Explode: false, Required: true, Type: "string", Format: "", ValueIsUnescaped: true})
+	if err != nil {
+		siw.ErrorHandlerFunc(w, r, &InvalidParamFormatError{ParamName: "id", Err: err})
+		return
+	}
+
+	handler := http.Handler(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		siw.Handler.GetUsage(w, r, id)
 	}))
 
 	for _, middleware := range siw.HandlerMiddlewares {
@@ -5159,6 +5584,13 @@ func HandlerWithOptions(si ServerInterface, options StdHTTPServerOptions) http.H
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/ports", wrapper.ListPorts)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ports", wrapper.PublishPort)
 	m.HandleFunc(http.MethodDelete+" "+options.BaseURL+"/v1/sandboxes/{id}/ports/{port}", wrapper.UnpublishPort)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/usage", wrapper.GetUsage)
+	m.HandleFunc(http.MethodPatch+" "+options.BaseURL+"/v1/sandboxes/{id}/limits", wrapper.LimitSandbox)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/net", wrapper.GetNet)
+	m.HandleFunc(http.MethodPatch+" "+options.BaseURL+"/v1/sandboxes/{id}/net", wrapper.ChangeNet)
+	m.HandleFunc(http.MethodPut+" "+options.BaseURL+"/v1/sandboxes/{id}/net", wrapper.SetNet)
+	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/net", wrapper.ListNets)
+	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/net/gc", wrapper.CollectNets)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/eval", wrapper.EvalSandbox)
 	m.HandleFunc(http.MethodPost+" "+options.BaseURL+"/v1/sandboxes/{id}/ping", wrapper.PingSandbox)
 	m.HandleFunc(http.MethodGet+" "+options.BaseURL+"/v1/sandboxes/{id}/processes", wrapper.ListProcesses)
@@ -6088,6 +6520,82 @@ func (response GetImagedefaultJSONResponse) VisitGetImageResponse(w http.Respons
 	return err
 }
 
+type ListNetsRequestObject struct {
+}
+
+type ListNetsResponseObject interface {
+	VisitListNetsResponse(w http.ResponseWriter) error
+}
+
+type ListNets200JSONResponse []NetRow
+
+func (response ListNets200JSONResponse) VisitListNetsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ListNetsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ListNetsdefaultJSONResponse) VisitListNetsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CollectNetsRequestObject struct {
+}
+
+type CollectNetsResponseObject interface {
+	VisitCollectNetsResponse(w http.ResponseWriter) error
+}
+
+type CollectNets200JSONResponse NetGCReport
+
+func (response CollectNets200JSONResponse) VisitCollectNetsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type CollectNetsdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response CollectNetsdefaultJSONResponse) VisitCollectNetsResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type ListRecordsRequestObject struct {
 	Params ListRecordsParams
 }
@@ -6933,6 +7441,165 @@ func (response StatFiledefaultJSONResponse) VisitStatFileResponse(w http.Respons
 	return err
 }
 
+type LimitSandboxRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Body *LimitSandboxJSONRequestBody
+}
+
+type LimitSandboxResponseObject interface {
+	VisitLimitSandboxResponse(w http.ResponseWriter) error
+}
+
+type LimitSandbox200JSONResponse Sandbox
+
+func (response LimitSandbox200JSONResponse) VisitLimitSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type LimitSandboxdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response LimitSandboxdefaultJSONResponse) VisitLimitSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetNetRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type GetNetResponseObject interface {
+	VisitGetNetResponse(w http.ResponseWriter) error
+}
+
+type GetNet200JSONResponse SandboxNet
+
+func (response GetNet200JSONResponse) VisitGetNetResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetNetdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetNetdefaultJSONResponse) VisitGetNetResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ChangeNetRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Body *ChangeNetJSONRequestBody
+}
+
+type ChangeNetResponseObject interface {
+	VisitChangeNetResponse(w http.ResponseWriter) error
+}
+
+type ChangeNet200JSONResponse SandboxNet
+
+func (response ChangeNet200JSONResponse) VisitChangeNetResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type ChangeNetdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response ChangeNetdefaultJSONResponse) VisitChangeNetResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SetNetRequestObject struct {
+	ID   SandboxID `json:"id"`
+	Body *SetNetJSONRequestBody
+}
+
+type SetNetResponseObject interface {
+	VisitSetNetResponse(w http.ResponseWriter) error
+}
+
+type SetNet200JSONResponse SandboxNet
+
+func (response SetNet200JSONResponse) VisitSetNetResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type SetNetdefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response SetNetdefaultJSONResponse) VisitSetNetResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
 type PingSandboxRequestObject struct {
 	ID SandboxID `json:"id"`
 }
@@ -7266,6 +7933,45 @@ type SuspendSandboxdefaultJSONResponse struct {
 }
 
 func (response SuspendSandboxdefaultJSONResponse) VisitSuspendSandboxResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(response.StatusCode)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetUsageRequestObject struct {
+	ID SandboxID `json:"id"`
+}
+
+type GetUsageResponseObject interface {
+	VisitGetUsageResponse(w http.ResponseWriter) error
+}
+
+type GetUsage200JSONResponse Usage
+
+func (response GetUsage200JSONResponse) VisitGetUsageResponse(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(200)
+	_, err := buf.WriteTo(w)
+	return err
+}
+
+type GetUsagedefaultJSONResponse struct {
+	Body       Error
+	StatusCode int
+}
+
+func (response GetUsagedefaultJSONResponse) VisitGetUsageResponse(w http.ResponseWriter) error {
 
 	var buf bytes.Buffer
 	if err := json.NewEncoder(&buf).Encode(response.Body); err != nil {
@@ -8531,6 +9237,12 @@ type StrictServerInterface interface {
 	// GetImage Describe an image
 	// (GET /v1/images/{name})
 	GetImage(ctx context.Context, request GetImageRequestObject) (GetImageResponseObject, error)
+	// ListNets List the sandboxes with a network card
+	// (GET /v1/net)
+	ListNets(ctx context.Context, request ListNetsRequestObject) (ListNetsResponseObject, error)
+	// CollectNets Remove what machines that ended have left on the host
+	// (POST /v1/net/gc)
+	CollectNets(ctx context.Context, request CollectNetsRequestObject) (CollectNetsResponseObject, error)
 	// ListRecords List records, the newest first
 	// (GET /v1/records)
 	ListRecords(ctx context.Context, request ListRecordsRequestObject) (ListRecordsResponseObject, error)
@@ -8588,6 +9300,18 @@ type StrictServerInterface interface {
 	// StatFile Describe a file
 	// (GET /v1/sandboxes/{id}/files/stat)
 	StatFile(ctx context.Context, request StatFileRequestObject) (StatFileResponseObject, error)
+	// LimitSandbox Change what a sandbox may take of its host
+	// (PATCH /v1/sandboxes/{id}/limits)
+	LimitSandbox(ctx context.Context, request LimitSandboxRequestObject) (LimitSandboxResponseObject, error)
+	// GetNet Say what a sandbox may reach, and what it has tried
+	// (GET /v1/sandboxes/{id}/net)
+	GetNet(ctx context.Context, request GetNetRequestObject) (GetNetResponseObject, error)
+	// ChangeNet Add rules to what a sandbox may reach, and take others away
+	// (PATCH /v1/sandboxes/{id}/net)
+	ChangeNet(ctx context.Context, request ChangeNetRequestObject) (ChangeNetResponseObject, error)
+	// SetNet Set what a sandbox may reach
+	// (PUT /v1/sandboxes/{id}/net)
+	SetNet(ctx context.Context, request SetNetRequestObject) (SetNetResponseObject, error)
 	// PingSandbox Ask the sandbox's agent for a sign of life
 	// (POST /v1/sandboxes/{id}/ping)
 	PingSandbox(ctx context.Context, request PingSandboxRequestObject) (PingSandboxResponseObject, error)
@@ -8615,6 +9339,9 @@ type StrictServerInterface interface {
 	// SuspendSandbox Write a sandbox's memory to disk and end its machine
 	// (POST /v1/sandboxes/{id}/suspend)
 	SuspendSandbox(ctx context.Context, request SuspendSandboxRequestObject) (SuspendSandboxResponseObject, error)
+	// GetUsage Say what a sandbox takes of its host
+	// (GET /v1/sandboxes/{id}/usage)
+	GetUsage(ctx context.Context, request GetUsageRequestObject) (GetUsageResponseObject, error)
 	// ListSnapshots List snapshots
 	// (GET /v1/snapshots)
 	ListSnapshots(ctx context.Context, request ListSnapshotsRequestObject) (ListSnapshotsResponseObject, error)
@@ -9221,6 +9948,54 @@ func (sh *strictHandler) GetImage(w http.ResponseWriter, r *http.Request, name I
 	}
 }
 
+// ListNets operation middleware
+func (sh *strictHandler) ListNets(w http.ResponseWriter, r *http.Request) {
+	var request ListNetsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ListNets(ctx, request.(ListNetsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ListNets")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ListNetsResponseObject); ok {
+		if err := validResponse.VisitListNetsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// CollectNets operation middleware
+func (sh *strictHandler) CollectNets(w http.ResponseWriter, r *http.Request) {
+	var request CollectNetsRequestObject
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.CollectNets(ctx, request.(CollectNetsRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "CollectNets")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(CollectNetsResponseObject); ok {
+		if err := validResponse.VisitCollectNetsResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // ListRecords operation middleware
 func (sh *strictHandler) ListRecords(w http.ResponseWriter, r *http.Request, params ListRecordsParams) {
 	var request ListRecordsRequestObject
@@ -9766,6 +10541,131 @@ func (sh *strictHandler) StatFile(w http.ResponseWriter, r *http.Request, id San
 	}
 }
 
+// LimitSandbox operation middleware
+func (sh *strictHandler) LimitSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request LimitSandboxRequestObject
+
+	request.ID = id
+
+	var body LimitSandboxJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.LimitSandbox(ctx, request.(LimitSandboxRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "LimitSandbox")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(LimitSandboxResponseObject); ok {
+		if err := validResponse.VisitLimitSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetNet operation middleware
+func (sh *strictHandler) GetNet(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request GetNetRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetNet(ctx, request.(GetNetRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetNet")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetNetResponseObject); ok {
+		if err := validResponse.VisitGetNetResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// ChangeNet operation middleware
+func (sh *strictHandler) ChangeNet(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request ChangeNetRequestObject
+
+	request.ID = id
+
+	var body ChangeNetJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.ChangeNet(ctx, request.(ChangeNetRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "ChangeNet")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(ChangeNetResponseObject); ok {
+		if err := validResponse.VisitChangeNetResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// SetNet operation middleware
+func (sh *strictHandler) SetNet(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request SetNetRequestObject
+
+	request.ID = id
+
+	var body SetNetJSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.SetNet(ctx, request.(SetNetRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "SetNet")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(SetNetResponseObject); ok {
+		if err := validResponse.VisitSetNetResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
 // PingSandbox operation middleware
 func (sh *strictHandler) PingSandbox(w http.ResponseWriter, r *http.Request, id SandboxID) {
 	var request PingSandboxRequestObject
@@ -10016,6 +10916,32 @@ func (sh *strictHandler) SuspendSandbox(w http.ResponseWriter, r *http.Request, 
 		sh.options.ResponseErrorHandlerFunc(w, r, err)
 	} else if validResponse, ok := response.(SuspendSandboxResponseObject); ok {
 		if err := validResponse.VisitSuspendSandboxResponse(w); err != nil {
+			sh.options.ResponseErrorHandlerFunc(w, r, err)
+		}
+	} else if response != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, fmt.Errorf("unexpected response type: %T", response))
+	}
+}
+
+// GetUsage operation middleware
+func (sh *strictHandler) GetUsage(w http.ResponseWriter, r *http.Request, id SandboxID) {
+	var request GetUsageRequestObject
+
+	request.ID = id
+
+	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
+		return sh.ssi.GetUsage(ctx, request.(GetUsageRequestObject))
+	}
+	for _, middleware := range sh.middlewares {
+		handler = middleware(handler, "GetUsage")
+	}
+
+	response, err := handler(r.Context(), w, r, request)
+
+	if err != nil {
+		sh.options.ResponseErrorHandlerFunc(w, r, err)
+	} else if validResponse, ok := response.(GetUsageResponseObject); ok {
+		if err := validResponse.VisitGetUsageResponse(w); err != nil {
 			sh.options.ResponseErrorHandlerFunc(w, r, err)
 		}
 	} else if response != nil {

@@ -45,8 +45,8 @@ type Backend struct {
 	// Fail, when set, may return an error for the operation it is given, such
 	// as "fork" or "kill". It must be set before requests are made.
 	Fail func(op string) error
-	// Limit is the most sandboxes there may be; 0 is no limit.
-	Limit int
+	// Most is how many sandboxes there may be; 0 is no limit.
+	Most int
 	// KeepImage says what images were to be kept when unused ones were last
 	// collected.
 	KeepImage func(digest string) bool
@@ -70,6 +70,7 @@ type Backend struct {
 	order      []string
 	images     map[string]image.Image
 	pools      map[string]int
+	warmup     *sandbox.Net          // of the last template
 	pending    map[string]*branching // by tag
 }
 
@@ -132,6 +133,7 @@ func (b *Backend) failure(op string) error {
 // box is a sandbox: an agent that runs here instead of in a machine.
 type box struct {
 	info   sandbox.Info
+	net    sandbox.NetState
 	agent  *agent.Agent
 	client *guest.Client
 	work   sync.WaitGroup
@@ -170,8 +172,11 @@ func (b *Backend) Fork(ctx context.Context, req sandbox.ForkRequest) ([]sandbox.
 	if err = errors.Join(err, b.failure("fork"), checkSecrets(req.Secrets)); err != nil {
 		return nil, err
 	}
-	if b.Limit > 0 && len(b.List())+req.N > b.Limit {
-		return nil, fmt.Errorf("%w: at most %d sandboxes", errdef.ErrExhausted, b.Limit)
+	if err = checkNet(req.Net, snap.Manifest.Machine); err != nil {
+		return nil, err
+	}
+	if b.Most > 0 && len(b.List())+req.N > b.Most {
+		return nil, fmt.Errorf("%w: at most %d sandboxes", errdef.ErrExhausted, b.Most)
 	}
 	results := make([]sandbox.ForkResult, req.N)
 	for i := range results {
@@ -193,6 +198,7 @@ func (b *Backend) fork(ctx context.Context, snap snapshot.Snapshot, req sandbox.
 		Machine: snap.Manifest.Machine, PID: 1000 + b.seq, CreatedAt: time.Now(), LastActive: time.Now(), IdleTTL: req.IdleTTL,
 		IdleSuspend: req.IdleSuspend, Head: snap.Digest,
 		Labels: req.Labels, ForkMS: 1.5, FromPool: !req.NoPool && b.pools[snap.Tag] > 0, MemoryLimitMiB: req.Limits.MemoryMiB,
+		Limits: b.LimitsOf(req.Limits, snap.Manifest.Machine),
 	}
 	if req.Lifetime > 0 {
 		info.ExpiresAt = info.CreatedAt.Add(req.Lifetime)
@@ -200,6 +206,9 @@ func (b *Backend) fork(ctx context.Context, snap snapshot.Snapshot, req sandbox.
 	x, err := newBox(ctx, info, filepath.Join(b.dir, id))
 	if err != nil {
 		return sandbox.Info{}, err
+	}
+	if req.Net != nil {
+		x.net.Net = *req.Net
 	}
 	b.boxes[id] = x
 	b.order = append(b.order, id)
@@ -289,6 +298,12 @@ func (b *Backend) CreateSnapshot(ctx context.Context, req sandbox.SnapshotReques
 	if _, err = (images{b}).Get(req.Image); err != nil {
 		return snap, err
 	}
+	if err = checkNet(req.Net, req.Machine); err != nil {
+		return snap, err
+	}
+	b.mu.Lock()
+	b.warmup = req.Net
+	b.mu.Unlock()
 	progress.Report(ctx, "boot", "booting the template")
 	if err = b.failure("boot"); err != nil {
 		return snap, err

@@ -253,7 +253,7 @@ func snapshotOf(t *testing.T, b *apitest.Backend, tag string) {
 func TestFull(t *testing.T) {
 	t.Parallel()
 	b := apitest.New(t)
-	b.Limit = 1
+	b.Most = 1
 	server := b.Serve(spec).URL
 	create(t, server)
 	if got := send(t, "POST", server+"/v1/sandbox", ""); got.status != 429 || got.header.Get("Retry-After") == "" {
