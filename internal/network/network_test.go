@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
@@ -212,6 +213,7 @@ func TestNothingIsLeft(t *testing.T) {
 		t.Error(err)
 	}
 	for there() { // until the kernel gets around to it
+		<-time.After(10 * time.Millisecond)
 	}
 }
 
