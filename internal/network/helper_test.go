@@ -19,45 +19,53 @@ import (
 	"github.com/tinevm/tine/internal/vmm"
 )
 
-// namespace makes a network namespace in which do has run. It starts from the one
-// that from is, or from this process's.
-func namespace(from *os.File, do func() error) (*os.File, error) {
-	var ns *os.File
+// apart runs do on a thread that enter has brought to another network namespace.
+// The thread comes back: the process's first cannot end, and would stay there.
+func apart(enter, do func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // for good: the thread ends with the goroutine
-		var err error
-		if from != nil {
-			err = unix.Setns(int(from.Fd()), unix.CLONE_NEWNET)
+		runtime.LockOSThread()
+		own, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			done <- err
+			return
 		}
-		if err == nil {
-			err = unix.Unshare(unix.CLONE_NEWNET)
-		}
-		if err == nil {
-			ns, err = os.Open("/proc/thread-self/ns/net")
-		}
-		if err == nil {
+		if err = enter(); err == nil {
 			err = do()
 		}
-		done <- err
+		back := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET)
+		if back == nil {
+			runtime.UnlockOSThread()
+		}
+		done <- errors.Join(err, back, own.Close())
 	}()
-	err := <-done
+	return <-done
+}
+
+// namespace makes a network namespace in which do has run. It starts from the one
+// that from is, or from this process's.
+func namespace(from *os.File, do func() error) (ns *os.File, err error) {
+	err = apart(func() error {
+		if from != nil {
+			if setErr := unix.Setns(int(from.Fd()), unix.CLONE_NEWNET); setErr != nil {
+				return setErr
+			}
+		}
+		return unix.Unshare(unix.CLONE_NEWNET)
+	}, func() error {
+		var openErr error
+		if ns, openErr = os.Open("/proc/thread-self/ns/net"); openErr != nil {
+			return openErr
+		}
+		return do()
+	})
 	return ns, err
 }
 
 // within runs do in a network namespace.
 func within(t *testing.T, ns *os.File, do func() error) {
 	t.Helper()
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // as above
-		err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET)
-		if err == nil {
-			err = do()
-		}
-		done <- err
-	}()
-	if err := <-done; err != nil {
+	if err := apart(func() error { return unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET) }, do); err != nil {
 		t.Fatal(err)
 	}
 }
