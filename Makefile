@@ -48,9 +48,10 @@ test: test-unit test-vm ## run all tests
 test-unit: ## run the tests that boot nothing; they need no root and no network
 	$(GO) test $(RACE) ./...
 
+# Two packages at a time: machines that are emulated wait as much as they work.
 .PHONY: test-vm
 test-vm: setup-tests build ## run the tests that boot virtual machines
-	$(GO) test -tags vm -count 1 -p 1 -timeout 15m $(VM_PACKAGES)
+	$(GO) test -tags vm -count 1 -p 2 -timeout 15m $(VM_PACKAGES)
 
 .PHONY: fuzz
 fuzz: ## run each fuzz test for FUZZTIME (10s)
