@@ -41,6 +41,9 @@ if [ "${1:-}" = tests ] && ! python3 -c 'import ensurepip, venv' 2>/dev/null; th
 	say "python3-venv is missing: forkd's published clients, which the tests drive, are Python"
 	missing="$missing python3-venv"
 fi
+if [ "${1:-}" = tests ]; then
+	need ip iproute2 "joins the servers of tests to the host, and looks at its network"
+fi
 [ -n "$missing" ] || exit 0
 
 case " $ids " in
