@@ -218,6 +218,11 @@ func TestDailyPath(t *testing.T) {
 	if _, _, code := h.tine("run", "--snapshot", "py", "--", "sh", "-c", "exit 7"); code != 7 {
 		t.Errorf("run: exit code %d, want the guest's 7", code)
 	}
+	// What other tests have left that stands on it would keep it, and then only
+	// its tag would go.
+	if _, errOut, code := h.tine("snapshot", "gc"); code != 0 {
+		t.Errorf("snapshot gc: exit code %d: %s", code, errOut)
+	}
 	h.fails(4, "snapshot", "rm", "py")
 
 	end(t, daemon, syscall.SIGKILL)

@@ -50,13 +50,14 @@ func (j *Jail) newCell(ctx context.Context, link bool) (_ *Cell, err error) {
 		return nil, err
 	}
 	u.Add(c.socket.Close)
-	defer func() { _ = theirs.Close() }() // the launcher has its own
-	if err = c.start(theirs); err != nil {
+	err = c.start(theirs)
+	_ = theirs.Close() // the launcher has its own, and when it is gone nobody may have one
+	if err != nil {
 		return nil, err
 	}
 	u.Add(c.end)
 	if err = c.setUp(ctx, link); err != nil {
-		return nil, fmt.Errorf("launcher: %w%s", err, c.stderr.text())
+		return nil, c.failed(err)
 	}
 	return c, nil
 }
@@ -148,10 +149,16 @@ func (c *Cell) setUp(ctx context.Context, link bool) error {
 	return nil
 }
 
+// failed ends the launcher and adds what it had to say to the error.
+func (c *Cell) failed(err error) error {
+	_ = c.end() // never fails
+	return fmt.Errorf("launcher: %w%s", err, c.stderr.text())
+}
+
 // hear waits for an answer of the launcher. It takes a thread while it waits,
 // which is not for long.
 func (c *Cell) hear(ctx context.Context) (answer, []int, error) {
-	stop := context.AfterFunc(ctx, func() { _ = unix.Shutdown(int(c.socket.Fd()), unix.SHUT_RDWR) })
+	stop := context.AfterFunc(ctx, c.hangUp)
 	defer stop()
 	var a answer
 	fds, err := receiveMessage(int(c.socket.Fd()), &a)
@@ -164,6 +171,22 @@ func (c *Cell) hear(ctx context.Context) (answer, []int, error) {
 		return a, nil, a.err()
 	}
 	return a, fds, err
+}
+
+// hangUp ends the conversation with the launcher. It may come late, when the
+// socket is closed and its number another file's.
+func (c *Cell) hangUp() {
+	if conn, err := c.socket.SyscallConn(); err == nil {
+		_ = conn.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) }) // it fails if closed
+	}
+}
+
+// waits reports whether the launcher is there and has nothing to say.
+func (c *Cell) waits() bool {
+	fds := []unix.PollFd{{Fd: int32(c.socket.Fd()), Events: unix.POLLIN}}
+	var n int
+	err := ignoreInterrupts(func() (err error) { n, err = unix.Poll(fds, 0); return err })
+	return err == nil && n == 0
 }
 
 // Link are the files of the cell's network, if it has one: the tap that the
@@ -245,7 +268,7 @@ func (c *Cell) Start(ctx context.Context, job Job) (_ *Process, err error) {
 	defer cancel()
 	o, err := c.execute(ctx, job.Opens)
 	if err != nil {
-		return nil, fmt.Errorf("launcher: %w%s", err, c.stderr.text())
+		return nil, c.failed(err)
 	}
 	u.Release()
 	return c.process(group, job.Name, o), nil
@@ -297,11 +320,12 @@ func (c *Cell) execute(ctx context.Context, opens map[string]*os.File) (_ *opene
 	if err != nil {
 		return nil, err
 	}
-	_, _, err = c.hear(ctx)
+	_, fds, err = c.hear(ctx)
 	if errors.Is(err, errHungUp) { // as it should
 		o.executed.Store(true)
 		return o, nil
 	}
+	closeAll(fds)
 	if err == nil {
 		err = fmt.Errorf("%w: launcher answered twice", errdef.ErrInvalid)
 	}

@@ -22,8 +22,7 @@ func loaderOf(path string) (string, error) {
 		return "", nil //nolint:nilerr // firmware may be of any size
 	}
 	e, err := elf.NewFile(f)
-	var bad *elf.FormatError
-	if errors.As(err, &bad) {
+	if _, bad := errors.AsType[*elf.FormatError](err); bad {
 		return "", nil // firmware may be of any form
 	}
 	if err != nil {

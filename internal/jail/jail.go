@@ -82,7 +82,7 @@ type Jail struct {
 	links  int     // networks that there are
 	spare  []*Cell // without a network
 	fill   chan struct{}
-	done   chan struct{}
+	done   chan struct{} // closed when the filler has ended
 	ctx    context.Context
 	stop   context.CancelFunc
 }
@@ -228,19 +228,32 @@ func (j *Jail) Adopt() (release func()) {
 	return j.dropLink
 }
 
+// takeSpare takes a cell that waits, or none. A launcher may have ended while
+// nobody looked.
 func (j *Jail) takeSpare() *Cell {
+	for {
+		c := j.popSpare()
+		if c == nil || c.waits() {
+			return c
+		}
+		j.log.WarnContext(j.ctx, "spare launcher has ended", "error", c.failed(errHungUp))
+		_ = c.Close() // it is gone
+	}
+}
+
+func (j *Jail) popSpare() *Cell {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	select { // also when there is none: the filler may have failed to make one
+	case j.fill <- struct{}{}:
+	default:
+	}
 	if len(j.spare) == 0 {
 		return nil
 	}
 	last := len(j.spare) - 1
 	c := j.spare[last]
 	j.spare = j.spare[:last]
-	select {
-	case j.fill <- struct{}{}:
-	default:
-	}
 	return c
 }
 
@@ -270,7 +283,7 @@ func (j *Jail) filler() {
 	}
 }
 
-// rest waits until a cell was taken, and nobody has taken another for yieldTime.
+// rest waits until a cell was asked for, and nobody has taken another for yieldTime.
 func (j *Jail) rest() bool {
 	select {
 	case <-j.fill:

@@ -53,7 +53,7 @@ type gift struct {
 // been asked fails.
 type opener struct {
 	listener *os.File
-	files    map[string]*os.File // ours until Close
+	files    map[string]*os.File // the caller's, who keeps them open until close
 	wake     *os.File            // its other end closes to end the opener
 	stop     *os.File
 	done     chan struct{}
@@ -105,7 +105,7 @@ func (o *opener) wait() (bool, error) {
 
 func (o *opener) answerOne() error {
 	var q question
-	err := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&q))
+	err := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&q)) //nolint:gosec // x/sys has no wrapper
 	if errors.Is(err, unix.ENOENT) {
 		return nil // whoever asked is gone
 	}
@@ -126,7 +126,7 @@ func (o *opener) answerOne() error {
 	if err != nil {
 		r.flags, r.value, r.errno = 0, 0, -int32(unix.EIO)
 	}
-	sendErr := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r))
+	sendErr := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r)) //nolint:gosec // x/sys has no wrapper
 	if errors.Is(sendErr, unix.ENOENT) {
 		sendErr = nil
 	}
@@ -151,7 +151,10 @@ func (o *opener) open(q *question, addr uint64, r *reply) error {
 	}
 	defer func() { _ = again.Close() }() // the program has its own
 	g := gift{id: q.id, source: uint32(again.Fd()), newFlags: unix.O_CLOEXEC}
-	fd, err := o.ioctlResult(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&g))
+	fd, err := o.ioctlResult(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&g)) //nolint:gosec // x/sys has no wrapper
+	if errors.Is(err, unix.ENOENT) {
+		return nil // whoever asked is gone, or asks again after a signal
+	}
 	if err != nil {
 		return fmt.Errorf("hand over %s: %w", path, err)
 	}
@@ -178,8 +181,8 @@ func readString(pid int, addr uint64) (string, error) {
 		if err := linux.ReadMemory(pid, part, []linux.Extent{{Addr: addr, Size: uint64(len(part))}}); err != nil {
 			return "", err
 		}
-		if end := bytes.IndexByte(part, 0); end >= 0 {
-			return string(append(text, part[:end]...)), nil
+		if last, _, end := bytes.Cut(part, []byte{0}); end {
+			return string(append(text, last...)), nil
 		}
 		text = append(text, part...)
 		addr += uint64(len(part))

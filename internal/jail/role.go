@@ -17,8 +17,9 @@ import (
 // waits for a job, and becomes the job's program. It returns when it was sent
 // away, or could not: whoever started it has been told why.
 //
-// It opens no file of Go's kind and starts no goroutine: the program takes over
-// the table of descriptors, and all that it does about itself is this thread's.
+// All that it does about itself is this thread's: the program comes to be on it.
+// What Go's runtime opens for itself meanwhile is below FirstFile, and closed
+// when the program starts.
 func Serve() error {
 	runtime.LockOSThread()
 	unix.CloseOnExec(socketFD)
@@ -48,6 +49,7 @@ func prepare(s setup, fds []int) (made []int, err error) {
 	if err = growTable(); err != nil {
 		return nil, fmt.Errorf("make room for files: %w", err)
 	}
+	unix.Umask(0o077) // and not what the daemon happens to have
 	if err = unix.Sethostname([]byte("tine")); err != nil {
 		return nil, fmt.Errorf("name host: %w", err)
 	}
@@ -90,7 +92,7 @@ func growTable() error {
 // become leaves all behind that the program must not have, and is the program.
 // It returns only when that failed.
 func become(j job, fds []int) error {
-	if len(fds) != j.Entrances+j.Files || j.Files < 1 {
+	if len(fds) != j.Entrances+j.Files || j.Entrances < 0 || j.Files < 1 {
 		return fmt.Errorf("%w: job of %d+%d files came with %d", errdef.ErrInvalid, j.Entrances, j.Files, len(fds))
 	}
 	for _, fd := range fds[:j.Entrances] {

@@ -57,7 +57,7 @@ func makeTree(ctx context.Context, dir, program string, others []string) (string
 			return "", fmt.Errorf("copy %s: %w", file, err)
 		}
 	}
-	if err = os.Chmod(stage, 0o755); err != nil { //nolint:gosec // it is the root that an unprivileged program sees
+	if err = openToAll(stage); err != nil {
 		return "", err
 	}
 	if err = os.Rename(stage, path); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, syscall.ENOTEMPTY) {
@@ -105,10 +105,25 @@ func treeName(files []string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil))[:16], nil
 }
 
-// copyInto copies a file to its own path below root, for all to read.
+// openToAll lets everybody read a tree and execute what is in it, whatever umask
+// this process has made it under.
+func openToAll(root string) error {
+	return filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		mode := fs.FileMode(0o555)
+		if e.IsDir() {
+			mode = 0o755 // for us to remove it
+		}
+		return os.Chmod(path, mode) //nolint:gosec // nobody else can get at it
+	})
+}
+
+// copyInto copies a file to its own path below root.
 func copyInto(root, file string) (err error) {
 	target := filepath.Join(root, file)
-	if err = os.MkdirAll(filepath.Dir(target), 0o755); err != nil { //nolint:gosec // see makeTree
+	if err = os.MkdirAll(filepath.Dir(target), 0o700); err != nil {
 		return err
 	}
 	src, err := os.Open(file)
@@ -116,7 +131,7 @@ func copyInto(root, file string) (err error) {
 		return err
 	}
 	defer func() { _ = src.Close() }() // only read
-	dst, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o555)
+	dst, err := os.OpenFile(target, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -142,9 +157,12 @@ func linkedWith(ctx context.Context, file string) ([]string, error) {
 func parseLoaderList(out string) []string {
 	var libs []string
 	for line := range strings.Lines(out) {
-		fields := strings.Fields(line)
-		if i := slices.Index(fields, "=>"); i >= 0 && i+1 < len(fields) && filepath.IsAbs(fields[i+1]) {
-			libs = append(libs, fields[i+1])
+		_, path, _ := strings.Cut(strings.TrimSpace(line), "=> ")
+		if end := strings.LastIndex(path, " (0x"); end >= 0 {
+			path = path[:end]
+		}
+		if filepath.IsAbs(path) {
+			libs = append(libs, path)
 		}
 	}
 	return libs

@@ -57,7 +57,8 @@ func openTunThere(pid int) (file *os.File, back bool, err error) {
 		err = errdef.WithHint(fmt.Errorf("%w: %w", errdef.ErrUnsupported, err), "modprobe tun")
 	}
 	if backErr := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); backErr != nil {
-		return file, false, errors.Join(err, os.NewSyscallError("setns", backErr))
+		_ = file.Close() // of no use to a caller that is told of an error
+		return nil, false, errors.Join(err, os.NewSyscallError("setns", backErr))
 	}
 	return file, true, err
 }

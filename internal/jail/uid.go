@@ -8,8 +8,11 @@ import (
 	"path/filepath"
 	"strconv"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/undo"
 )
 
 // Programs have user ids of a range that neither distributions, nor systemd, nor
@@ -22,7 +25,8 @@ const (
 
 // uidLease is a user id that no other program of this host has. It is held by a
 // lock that the program inherits, so it lasts for as long as the program does,
-// whatever becomes of the daemon.
+// whatever becomes of the daemon. Should the program let go of the lock, the id
+// still is not leased again while a process has it.
 type uidLease struct {
 	id   int
 	lock *os.File
@@ -34,7 +38,7 @@ func leaseUID(dir string) (*uidLease, error) {
 	start := rand.IntN(countUIDs) //nolint:gosec // nothing depends on its being hard to guess
 	for i := range countUIDs {
 		id := firstUID + (start+i)%countUIDs
-		lock, err := durable.TryLock(filepath.Join(dir, strconv.Itoa(id)), false)
+		lock, err := lockUID(dir, id)
 		if err == nil {
 			return &uidLease{id: id, lock: lock}, nil
 		}
@@ -43,6 +47,37 @@ func leaseUID(dir string) (*uidLease, error) {
 		}
 	}
 	return nil, fmt.Errorf("%w: no user id is free in %s", errdef.ErrExhausted, dir)
+}
+
+// lockUID returns errdef.ErrConflict when the id is another's. The program gets
+// the file that it returns, which therefore only reads.
+func lockUID(dir string, id int) (_ *os.File, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	path := filepath.Join(dir, strconv.Itoa(id))
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	u.Add(f.Close)
+	if err = durable.TryLockFile(f, false); err != nil {
+		return nil, err
+	}
+	same, err := durable.Names(path, f)
+	if err == nil && (!same || hasProcess(id)) { // if not, it was swept while we opened it
+		err = fmt.Errorf("%w: user id %d", errdef.ErrConflict, id)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// hasProcess reports whether there is a process of a user. The kernel looks at
+// all processes only if it knows the user.
+func hasProcess(uid int) bool {
+	_, err := unix.Getpriority(unix.PRIO_USER, uid)
+	return !errors.Is(err, unix.ESRCH)
 }
 
 // Close gives up this process's hold on the lease.
@@ -55,6 +90,9 @@ func sweepUIDs(dir string) error {
 		return err
 	}
 	for _, e := range entries {
+		if _, err := strconv.Atoi(e.Name()); err != nil {
+			continue // not a lease
+		}
 		path := filepath.Join(dir, e.Name())
 		lock, err := durable.TryLock(path, false)
 		if errors.Is(err, errdef.ErrConflict) {

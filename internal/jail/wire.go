@@ -84,11 +84,18 @@ func sendMessage(socket int, v any, fds ...int) error {
 	if len(fds) > 0 {
 		rights = unix.UnixRights(fds...)
 	}
-	return ignoreInterrupts(func() error { return unix.Sendmsg(socket, data, rights, nil, unix.MSG_NOSIGNAL) })
+	err = ignoreInterrupts(func() error { return unix.Sendmsg(socket, data, rights, nil, unix.MSG_NOSIGNAL) })
+	if hungUp(err) {
+		return errHungUp
+	}
+	return err
 }
 
 // errHungUp: the other side is gone, or has become another program.
 var errHungUp = errors.New("the other side has hung up")
+
+// hungUp: a side that leaves with messages unread has reset the connection.
+func hungUp(err error) bool { return errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) }
 
 // receiveMessage waits for a message. The descriptors are the caller's to close.
 func receiveMessage(socket int, v any) (fds []int, err error) {
@@ -99,7 +106,7 @@ func receiveMessage(socket int, v any) (fds []int, err error) {
 		n, rn, flags, _, err = unix.Recvmsg(socket, data, rights, unix.MSG_CMSG_CLOEXEC)
 		return err
 	})
-	if err == nil && n == 0 && rn == 0 || errors.Is(err, unix.ECONNRESET) {
+	if err == nil && n == 0 && rn == 0 || hungUp(err) {
 		return nil, errHungUp
 	}
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,7 +24,7 @@ type Link struct {
 	oob []byte // for ReadPacket
 
 	mu     sync.Mutex
-	raw    *os.File
+	files  []*os.File // tcp, udp, and the one by which the guest is sent packets
 	closed bool
 }
 
@@ -33,16 +34,14 @@ var _ vmm.Link = (*Link)(nil)
 // also when it fails.
 func Open(files []*os.File) (_ *Link, err error) {
 	defer func() {
-		for _, f := range files {
-			if f != nil {
-				err = errors.Join(err, f.Close()) // Link has copies
-			}
+		if err != nil {
+			closeFiles(files)
 		}
 	}()
 	if len(files) != countFiles-1 {
 		return nil, fmt.Errorf("%w: network of %d files", errdef.ErrInvalid, len(files))
 	}
-	l := &Link{oob: make([]byte, 256)}
+	l := &Link{oob: make([]byte, 256), files: files}
 	ln, err := net.FileListener(files[fileTCP-1])
 	if err != nil {
 		return nil, fmt.Errorf("open network: %w", err)
@@ -58,8 +57,20 @@ func Open(files []*os.File) (_ *Link, err error) {
 	if l.udp, ok = conn.(*net.UDPConn); !ok {
 		return nil, errors.Join(fmt.Errorf("%w: network has a %T", errdef.ErrInvalid, conn), conn.Close(), ln.Close())
 	}
-	l.raw, files[fileRaw-1] = files[fileRaw-1], nil
+	kind, err := unix.GetsockoptInt(int(files[fileRaw-1].Fd()), unix.SOL_SOCKET, unix.SO_TYPE)
+	if err == nil && kind != unix.SOCK_RAW {
+		err = fmt.Errorf("%w: network has a socket of type %d", errdef.ErrInvalid, kind)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open network: %w", err), conn.Close(), ln.Close())
+	}
 	return l, nil
+}
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close() // nothing was written to it
+	}
 }
 
 // Recover takes the files of a Link from a process that has them under the
@@ -74,9 +85,7 @@ func Recover(pid int, fds []int) (*Link, error) {
 	for _, fd := range fds {
 		got, err := unix.PidfdGetfd(pidfd, fd, 0)
 		if err != nil {
-			for _, f := range files {
-				_ = f.Close() // nothing was written to it
-			}
+			closeFiles(files)
 			return nil, fmt.Errorf("recover network of process %d: %w", pid, err)
 		}
 		files = append(files, os.NewFile(uintptr(got), "link"))
@@ -148,7 +157,7 @@ func (l *Link) WritePacket(p []byte, src, dst netip.AddrPort) error {
 		return net.ErrClosed
 	}
 	to := &unix.SockaddrInet4{Addr: dst.Addr().As4()}
-	raw, err := l.raw.SyscallConn()
+	raw, err := l.files[fileRaw-1].SyscallConn()
 	if err != nil {
 		return err
 	}
@@ -211,5 +220,23 @@ func (l *Link) Close() error {
 		return nil
 	}
 	l.closed = true
-	return errors.Join(l.tcp.Close(), l.udp.Close(), l.raw.Close())
+	defer closeFiles(l.files)
+	closed := make(chan error, 1)
+	go func() { closed <- errors.Join(l.tcp.Close(), l.udp.Close()) }()
+	timer := time.NewTimer(closeTime)
+	defer timer.Stop()
+	select {
+	case err := <-closed:
+		return err
+	case <-timer.C:
+	}
+	// Close waits for system calls that wait themselves: the monitor, which has
+	// the sockets too, has made them ones that do. This ends them for good.
+	for _, f := range l.files[:fileRaw-1] {
+		_ = unix.Shutdown(int(f.Fd()), unix.SHUT_RDWR) // says that they are not connected, and does it
+	}
+	return <-closed
 }
+
+// closeTime is what closing two sockets never takes.
+const closeTime = time.Second

@@ -100,7 +100,9 @@ func openTap(tun int) (fd int, err error) {
 	req, err := unix.NewIfreq(tapName)
 	if err == nil {
 		req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
+		if err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
+			err = fmt.Errorf("%w: TUNSETIFF: %w", errdef.ErrUnsupported, err)
+		}
 	}
 	if err != nil {
 		return -1, errors.Join(err, unix.Close(fd))
@@ -142,8 +144,11 @@ func configure() error {
 		{"bring loopback up", func() error { return netlink.LinkSetUp(loopback) }},
 		{"set hardware address", func() error { return netlink.LinkSetHardwareAddr(link, n.GatewayMAC) }},
 		{"set address", func() error { return netlink.AddrAdd(link, gateway) }},
+		// All networks of the host share a table of neighbours, which a guest could
+		// fill with what it says of itself.
+		{"listen to no neighbour", func() error { return netlink.LinkSetARPOff(link) }},
 		{"bring tap up", func() error { return netlink.LinkSetUp(link) }},
-		// It is the only neighbour, and says nothing that would change that.
+		// It is the only neighbour, and was told our address in the same way.
 		{"name the guest", func() error {
 			return netlink.NeighSet(&netlink.Neigh{
 				LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: n.Guest.Addr().AsSlice(), HardwareAddr: n.GuestMAC,

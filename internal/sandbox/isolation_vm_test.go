@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -16,10 +17,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/miekg/dns"
 	"golang.org/x/sys/unix"
 
@@ -154,7 +155,7 @@ func eventually(t *testing.T, what string, cond func() bool) {
 type internet struct {
 	server netip.Addr // of the web server
 	dns    string
-	names  sync.Map // name to address
+	names  map[string]string // to address
 }
 
 // newInternet uses addresses that are set aside for documentation.
@@ -164,11 +165,19 @@ func newInternet(t *testing.T) *internet {
 		t.Skip("NOT TESTED: not root: cannot make a network namespace")
 	}
 	world := &internet{server: netip.MustParseAddr("203.0.113.2"), dns: "203.0.113.2:53"}
+	world.names = map[string]string{
+		"api.example.com": world.server.String(), "other.example.org": world.server.String(),
+		"rebind.example.com": "127.0.0.1", "private.example.com": "10.0.0.1", "meta.example.com": "169.254.169.254",
+	}
 	ready := make(chan error)
 	stop := make(chan struct{})
 	go world.live(ready, stop)
 	if err := <-ready; err != nil {
 		t.Fatal(err)
+	}
+	// What is sent to its addresses must not go anywhere else.
+	if route, err := exec.Command("ip", "route", "get", world.server.String()).CombinedOutput(); err != nil || !strings.Contains(string(route), "dev tine-test0") {
+		t.Fatalf("the test's server is not where it should be: %v: %s", err, route)
 	}
 	t.Cleanup(func() {
 		close(stop) // the interface goes with the namespace
@@ -206,7 +215,8 @@ func (n *internet) serve(stop chan struct{}) error {
 		append(slices.Clone(host), "addr", "add", "203.0.113.1/24", "dev", "tine-test0"),
 		append(slices.Clone(host), "link", "set", "tine-test0", "up"),
 		{"ip", "addr", "add", n.server.String() + "/24", "dev", "eth0"},
-		{"ip", "link", "set", "eth0", "up"}, {"ip", "link", "set", "lo", "up"},
+		{"ip", "link", "set", "eth0", "up"},
+		{"ip", "link", "set", "lo", "up"},
 	} {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			return fmt.Errorf("%v: %w: %s", args, err, out)
@@ -236,8 +246,8 @@ func (n *internet) serve(stop chan struct{}) error {
 func (n *internet) resolve(w dns.ResponseWriter, q *dns.Msg) {
 	m := new(dns.Msg)
 	m.SetReply(q)
-	if a, ok := n.names.Load(strings.TrimSuffix(q.Question[0].Name, ".")); ok && q.Question[0].Qtype == dns.TypeA {
-		m.Answer = append(m.Answer, &dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}, A: net.ParseIP(a.(string))})
+	if a, ok := n.names[strings.ToLower(strings.TrimSuffix(q.Question[0].Name, "."))]; ok && q.Question[0].Qtype == dns.TypeA {
+		m.Answer = append(m.Answer, &dns.A{Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60}, A: net.ParseIP(a)})
 	}
 	_ = w.WriteMsg(m)
 }
@@ -264,6 +274,13 @@ func hostState(t *testing.T) string {
 		t.Fatal(err)
 	}
 	all.Write(forward)
+	tables, err := (&nftables.Conn{}).ListTables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range tables {
+		_, _ = fmt.Fprintln(&all, "table", table.Family, table.Name)
+	}
 	return all.String()
 }
 
@@ -276,23 +293,19 @@ for url in sys.argv[1:]:
     except Exception as e:
         print("denied")`
 
-// TestNetwork: sandboxes reach what they are allowed, by address and by name, and
-// nothing else; each has its own; and the host's network is what it was.
-func TestNetwork(t *testing.T) {
-	world := newInternet(t)
-	for name, a := range map[string]string{
-		"api.example.com": world.server.String(), "other.example.org": world.server.String(),
-		"rebind.example.com": "127.0.0.1", "private.example.com": "10.0.0.1", "meta.example.com": "169.254.169.254",
-	} {
-		world.names.Store(name, a)
-	}
-	if route, err := exec.Command("ip", "route", "get", world.server.String()).CombinedOutput(); err != nil || !strings.Contains(string(route), "dev tine-test0") {
-		t.Fatalf("the test's server is not where it should be: %v: %s", err, route)
-	}
-	before := hostState(t)
+// netLab is a lab whose daemon comes and goes, with the snapshot net-test of a
+// machine that has a network card.
+type netLab struct {
+	*lab
+	world *internet
+	open  func() *sandbox.Manager
+}
+
+func newNetLab(t *testing.T, world *internet) *netLab {
+	t.Helper()
 	store, snap := vmtest.Snapshot(t)
 	dir := t.TempDir()
-	open := func() *sandbox.Manager {
+	l := &netLab{world: world, open: func() *sandbox.Manager {
 		m, err := sandbox.NewManager(within(t, time.Minute), sandbox.Config{
 			Dir: dir, Engine: vmtest.Engine(t), Snapshots: store, Images: vmtest.Images(t),
 			Net: sandbox.NetConfig{Bounds: egress.Bounds{Local: network.Local()}, Upstream: []string{world.dns}},
@@ -301,8 +314,8 @@ func TestNetwork(t *testing.T) {
 			t.Fatal(err)
 		}
 		return m
-	}
-	l := &lab{Manager: open(), dir: dir, store: store, tags: []string{"net-test"}}
+	}}
+	l.lab = &lab{Manager: l.open(), dir: dir, store: store, tags: []string{"net-test"}}
 	_, err := l.CreateSnapshot(within(t, 2*time.Minute), sandbox.SnapshotRequest{
 		Tag: "net-test", Image: snap.Manifest.Image, Replace: true, Machine: vmm.Machine{Net: true, MemoryMiB: 192},
 		Warmup: []string{"python3 -c 'import urllib.request'"},
@@ -310,67 +323,71 @@ func TestNetwork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	say := func(id string, urls ...string) []string {
-		t.Helper()
-		res, err := l.run(within(t, time.Minute), id, guest.ExecSpec{Argv: append([]string{"python3", "-c", fetch}, urls...)})
-		if err != nil || res.Exit.Code != 0 {
-			t.Fatalf("%v: %s", err, res.Stderr)
-		}
-		return strings.Split(strings.TrimSpace(string(res.Stdout)), "\n")
+	return l
+}
+
+func (l *netLab) netFork(t *testing.T, reach *sandbox.Net) string {
+	t.Helper()
+	return l.fork(t, 1, func(r *sandbox.ForkRequest) { r.Snapshot, r.Net = "net-test", reach })[0]
+}
+
+// want has a sandbox fetch URLs, and checks what it gets.
+func (l *netLab) want(t *testing.T, what, id string, wants map[string]string) {
+	t.Helper()
+	urls := slices.Sorted(maps.Keys(wants))
+	res, err := l.run(within(t, time.Minute), id, guest.ExecSpec{Argv: append([]string{"python3", "-c", fetch}, urls...)})
+	if err != nil || res.Exit.Code != 0 {
+		t.Fatalf("%s: %v: %s", what, err, res.Stderr)
 	}
-	netFork := func(reach *sandbox.Net) string {
-		return l.fork(t, 1, func(r *sandbox.ForkRequest) { r.Snapshot, r.Net = "net-test", reach })[0]
-	}
-	address := "http://" + world.server.String() + "/"
-	closed, open1 := netFork(nil), netFork(rules(t, "203.0.113.0/24:80"))
-	named := netFork(rules(t, "*.example.com:80"))
-	for _, tc := range []struct {
-		what string
-		id   string
-		urls []string
-		want []string
-	}{
-		{"nothing is allowed", closed, []string{address}, []string{"denied"}},
-		{"an address is allowed", open1, []string{address, "http://203.0.113.1/", "http://127.0.0.1:8889/"}, []string{"hello " + world.server.String(), "denied", "denied"}},
-		{
-			"names are allowed", named,
-			[]string{"http://api.example.com/", "http://other.example.org/", "http://rebind.example.com/", "http://private.example.com/", "http://meta.example.com/"},
-			[]string{"hello api.example.com", "denied", "denied", "denied", "denied"},
-		},
-	} {
-		got := say(tc.id, tc.urls...)
-		for i := range got {
-			got[i] = strings.TrimSpace(got[i])
-		}
-		if !slices.Equal(got, tc.want) {
-			state, err := l.NetState(tc.id)
-			t.Errorf("%s: %q, want %q; %+v, %v", tc.what, got, tc.want, state, err)
+	got := strings.Split(strings.TrimSpace(string(res.Stdout)), "\n")
+	for i, url := range urls {
+		if i >= len(got) || strings.TrimSpace(got[i]) != wants[url] {
+			state, stateErr := l.NetState(id)
+			t.Fatalf("%s: %s gives %q, want %q; %+v, %v", what, url, got, wants[url], state, stateErr)
 		}
 	}
-	if state, err := l.NetState(closed); err != nil || state.Stats.Denied == 0 || state.Denials[0].Reason != egress.NoRule {
+}
+
+// TestNetwork: sandboxes reach what they are allowed, by address and by name, and
+// nothing else; each has its own; and the host's network is what it was.
+func TestNetwork(t *testing.T) {
+	world := newInternet(t)
+	before := hostState(t)
+	l := newNetLab(t, world)
+	address, hello := "http://"+world.server.String()+"/", "hello "+world.server.String()
+	const denied = "denied"
+	closed, open := l.netFork(t, nil), l.netFork(t, rules(t, "203.0.113.0/24:80"))
+	named := l.netFork(t, rules(t, "*.example.com:80"))
+
+	l.want(t, "nothing is allowed", closed, map[string]string{address: denied})
+	l.want(t, "an address is allowed", open, map[string]string{
+		address: hello, "http://203.0.113.1/": denied, "http://127.0.0.1:8889/": denied,
+	})
+	l.want(t, "names are allowed", named, map[string]string{
+		"http://api.example.com/": "hello api.example.com", "http://other.example.org/": denied,
+		"http://rebind.example.com/": denied, "http://private.example.com/": denied, "http://meta.example.com/": denied,
+	})
+	state, err := l.NetState(closed)
+	if err != nil || state.Stats.Denied == 0 || state.Denials[0].Reason != egress.NoRule {
 		t.Errorf("denials of one that may reach nothing: %+v, %v", state, err)
 	}
 
 	// The daemon goes, and the next one carries on.
 	l.close(t)
-	l.Manager = open()
-	if got := say(open1, address); got[0] != "hello "+world.server.String() {
-		t.Errorf("under another daemon: %q", got)
-	}
-	if got := say(closed, address); got[0] != "denied" {
-		t.Errorf("under another daemon, with nothing allowed: %q", got)
-	}
+	l.Manager = l.open()
+	l.want(t, "under another daemon", open, map[string]string{address: hello})
+	l.want(t, "under another daemon, with nothing allowed", closed, map[string]string{address: denied})
 	if _, err = l.SetNet(t.Context(), closed, rules(t, "203.0.113.2").Rules); err != nil {
 		t.Fatal(err)
 	}
-	if got := say(closed, address); got[0] != "hello "+world.server.String() {
-		t.Errorf("after it was allowed: %q", got)
-	}
+	l.want(t, "after it was allowed", closed, map[string]string{address: hello})
+	l.secret(t)
 	if during := hostState(t); during != before {
 		t.Errorf("with networks the host's is\n%s, and was\n%s", during, before)
 	}
-	for _, id := range []string{closed, open1, named} {
-		if err := l.Kill(context.WithoutCancel(t.Context()), id); err != nil {
+	l.killed(t, named)
+	for _, id := range []string{closed, open, named} {
+		if err = l.Kill(context.WithoutCancel(t.Context()), id); err != nil {
 			t.Error(err)
 		}
 	}
@@ -378,6 +395,38 @@ func TestNetwork(t *testing.T) {
 	if after := hostState(t); after != before {
 		t.Errorf("the host's network is\n%s, and was\n%s", after, before)
 	}
+}
+
+// secret: what is added on the way out reaches the server, and not the guest.
+func (l *netLab) secret(t *testing.T) {
+	t.Helper()
+	reach := rules(t, "api.example.com:80")
+	reach.Secrets = []egress.Secret{{Name: "api", Header: "X-Api-Key", Value: "s3cret", Hosts: []string{"api.example.com"}, Clear: true}}
+	id := l.netFork(t, reach)
+	l.want(t, "with a secret", id, map[string]string{"http://api.example.com/": "hello api.example.com s3cret"})
+	res, err := l.run(within(t, time.Minute), id, guest.ExecSpec{Argv: []string{"sh", "-c", "env; ls /run/tine/secrets; :"}})
+	if err != nil || strings.Contains(string(res.Stdout), "s3cret") {
+		t.Errorf("in the guest: %s, %v", res.Stdout, err)
+	}
+	if err = l.Kill(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+}
+
+// killed: a machine that is killed with no daemon there leaves nothing for one to
+// clean up but its directory.
+func (l *netLab) killed(t *testing.T, id string) {
+	t.Helper()
+	info, err := l.Get(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.close(t)
+	if err = unix.Kill(info.PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	l.Manager = l.open()
+	eventually(t, "its death to be noticed", func() bool { i, _ := l.Get(id); return i.State == sandbox.Dead })
 }
 
 func rules(t *testing.T, texts ...string) *sandbox.Net {

@@ -128,7 +128,8 @@ func (r *rig) leftovers(t *testing.T) {
 	for _, n := range []string{"7", "8"} {
 		path := filepath.Join(dir, "disk."+n)
 		try(t, os.WriteFile(path, empty, 0o600))
-		name, err := qemu.AddDisk(bound(t), vm, "top-"+n, path)
+		var name string
+		name, err = qemu.AddDisk(bound(t), vm, "top-"+n, path)
 		try(t, err)
 		_, err = qemu.Execute(bound(t), vm, "blockdev-add", map[string]any{
 			"node-name": "top-" + n, "driver": "qcow2", "backing": nil,

@@ -152,7 +152,7 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if err != nil {
 		return nil, err
 	}
-	u.Add(func() error { _ = p.kill(); _ = p.wait(); return release(p.group()) })
+	u.Add(func() error { _ = p.kill(); _ = p.settled(); _ = p.wait(); return release(p.group()) })
 	h, err := l.handle(p)
 	if err != nil {
 		return nil, err
