@@ -415,7 +415,10 @@ func TestNetOwners(t *testing.T) {
 	g.expect(t, a, 201, "")
 	path := "/v1/sandboxes/" + decode[[]wire.Sandbox](t, a.body)[0].ID
 	for _, tt := range []struct{ method, path, body string }{
-		{"GET", "/net", ""}, {"GET", "/usage", ""}, {"PUT", "/net", `{"allow":["a.example"]}`}, {"PATCH", "/net", `{"allow":["b.example"]}`},
+		{"GET", "/net", ""},
+		{"GET", "/usage", ""},
+		{"PUT", "/net", `{"allow":["a.example"]}`},
+		{"PATCH", "/net", `{"allow":["b.example"]}`},
 		{"PATCH", "/limits", `{"cpu_limit":1}`},
 	} {
 		for who, want := range map[string]int{"fork": 200, "admin": 200, "few": 404, "read": 200, "": 401} {

@@ -36,7 +36,7 @@ func (m *Manager) Fork(ctx context.Context, req ForkRequest) (results []ForkResu
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, o.close()) }()
-	if _, err = m.checkNet(req.Net, o.snap.Manifest.Machine); err != nil {
+	if req.Net, err = m.compiled(req.Net, o.snap.Manifest.Machine); err != nil {
 		return nil, fmt.Errorf("fork %s: %w", req.Snapshot, err)
 	}
 	parked, err := m.reserve(req, o.snap.Digest)

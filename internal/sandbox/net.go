@@ -38,6 +38,10 @@ type Net struct {
 	// Secrets are added to requests on their way out. The guest never has them,
 	// and nor do forks of this sandbox.
 	Secrets []egress.Secret `json:"-"`
+
+	// policy is Rules, ready to be asked; nil: not yet. Siblings share it: there
+	// may be a thousand of them, with ten thousand rules.
+	policy *egress.Policy
 }
 
 // NetState is what a sandbox may reach, and what it has tried.
@@ -63,6 +67,9 @@ func (m *Manager) checkNet(reach *Net, shape vmm.Machine) (*egress.Policy, error
 		err := fmt.Errorf("%w: a snapshot without a network card has forks without a network", errdef.ErrInvalid)
 		return nil, errdef.WithHint(err, "make one with a card: tine snapshot create --net")
 	}
+	if reach.policy != nil {
+		return reach.policy, nil // it has been here before
+	}
 	policy, err := egress.Compile(reach.Rules, m.Net.Bounds)
 	if err != nil {
 		return nil, err
@@ -73,10 +80,34 @@ func (m *Manager) checkNet(reach *Net, shape vmm.Machine) (*egress.Policy, error
 	return policy, m.gatewayConfig("", policy, reach).Validate()
 }
 
-// maxRulesSize bounds rules as they are in a record, which has a bound itself.
-const maxRulesSize = maxRecord / 2
+// compiled is reach with its rules in their normal form and ready to be asked;
+// nil is nil.
+func (m *Manager) compiled(reach *Net, shape vmm.Machine) (*Net, error) {
+	policy, err := m.checkNet(reach, shape)
+	if err != nil || reach == nil {
+		return nil, err
+	}
+	made := *reach
+	made.Rules, made.policy = policy.Rules(), policy
+	return &made, nil
+}
+
+const (
+	// maxRulesSize bounds rules as they are in a record, which has a bound itself.
+	maxRulesSize = maxRecord / 2
+	// maxRulesPorts bounds the ports and ranges of all rules together: each takes
+	// some forty bytes of memory.
+	maxRulesPorts = 1 << 16
+)
 
 func checkSize(rules egress.Rules) error {
+	ports := 0
+	for _, r := range rules.Allow {
+		ports += len(r.Ports)
+	}
+	if ports > maxRulesPorts {
+		return fmt.Errorf("%w: egress rules with %d ports and ranges in all, more than %d", errdef.ErrInvalid, ports, maxRulesPorts)
+	}
 	data, err := json.Marshal(rules)
 	if err == nil && len(data) > maxRulesSize {
 		err = fmt.Errorf("%w: egress rules of %d bytes, more than %d", errdef.ErrInvalid, len(data), maxRulesSize)
@@ -249,27 +280,27 @@ func (b *box) editNet(edit func(egress.Rules) (egress.Rules, error)) error {
 	if !b.record.Machine.Net {
 		return noCard(b.id)
 	}
-	var reach Net
+	var is Net
 	if b.record.Net != nil {
-		reach = *b.record.Net
+		is = *b.record.Net
 	}
-	var err error
-	if reach.Rules, err = edit(reach.Rules); err != nil {
+	rules, err := edit(is.Rules)
+	if err != nil {
 		return err
 	}
-	policy, err := b.m.checkNet(&reach, b.record.Machine)
+	is.Rules, is.policy = rules, nil
+	reach, err := b.m.compiled(&is, b.record.Machine)
 	if err != nil {
 		return err
 	}
 	r := b.record
-	reach.Rules = policy.Rules()
-	r.Net = &reach
+	r.Net = reach
 	if err = r.save(b.m.Dir); err != nil {
 		return err
 	}
 	b.record = r
 	if b.outlet != nil {
-		b.outlet.gateway.SetPolicy(policy)
+		b.outlet.gateway.SetPolicy(reach.policy)
 	}
 	return nil
 }

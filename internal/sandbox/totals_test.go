@@ -71,6 +71,11 @@ func TestEditNet(t *testing.T) {
 	if !errors.Is(err, errdef.ErrInvalid) || errdef.Hint(err) == "" {
 		t.Errorf("rules that a record cannot hold: %.200v", err)
 	}
+	every := slices.Repeat([]string{"1"}, 64)
+	_, err = m.SetNet(t.Context(), id, egress.Rules{Allow: slices.Repeat([]egress.Rule{{Domain: "a.example", Ports: every}}, 2000)})
+	if !errors.Is(err, errdef.ErrInvalid) {
+		t.Errorf("rules with too many ports: %.200v", err)
+	}
 	if state, err = m.NetState(id); err != nil || len(state.Rules.Allow) != len(names) {
 		t.Errorf("%+v, %v", state.Rules, err)
 	}
