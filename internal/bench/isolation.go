@@ -179,10 +179,19 @@ func (w *ward) jail(ctx context.Context) (err error) {
 	}
 	var pairs []pair
 	for _, p := range []point{{Exec, askExec}, {Ping, askPing}} {
-		pairs = append(pairs, pair{"fork", p.name, w.fork(jailed, p), w.fork(free, p)})
+		pairs = append(pairs, pair{string(coldFork), p.name, w.fork(jailed, p), w.fork(free, p)})
 	}
+	pools := []*sandbox.Manager{jailed, free}
+	pairs = append(pairs, pair{string(poolFork), Exec, w.pooled(jailed, pools), w.pooled(free, pools)})
 	pairs = append(pairs, pair{"machine restored, not run", "", w.restored(ours), w.restored(w.opts.Isolation.Unjailed)})
 	for _, p := range pairs {
+		if p.name != string(poolFork) { // or their fillers are in the way
+			for _, m := range pools {
+				if err = m.SetPool(ctx, w.sub.snap.Digest, 0); err != nil {
+					return err
+				}
+			}
+		}
 		got, turnErr := w.byTurns(ctx, p.name+" with a jail and without", w.opts.Rounds, p.tine, p.floor)
 		if turnErr != nil {
 			return turnErr
@@ -205,7 +214,7 @@ func (w *ward) fork(m *sandbox.Manager, p point) measured {
 		ctx, cancel := bound(ctx, sampleTime)
 		defer cancel()
 		begin := time.Now()
-		f, err := forkOne(ctx, m, sandbox.ForkRequest{Snapshot: w.sub.snap.Digest})
+		f, err := forkOne(ctx, m, sandbox.ForkRequest{Snapshot: w.sub.snap.Digest, NoPool: true})
 		if err != nil {
 			return 0, err
 		}
@@ -215,9 +224,37 @@ func (w *ward) fork(m *sandbox.Manager, p point) measured {
 	}
 }
 
-// forkOne makes one sandbox, past the pool. The caller ends it.
+// pooled takes a parked fork, has it execute something and ends it. It begins
+// when all pools are full.
+func (w *ward) pooled(m *sandbox.Manager, pools []*sandbox.Manager) measured {
+	return func(ctx context.Context) (took float64, err error) {
+		ctx, cancel := bound(ctx, sampleTime)
+		defer cancel()
+		for _, p := range pools {
+			if err = fillPool(ctx, p, w.sub.snap.Digest); err != nil {
+				return 0, err
+			}
+		}
+		if err = rest(ctx); err != nil {
+			return 0, err
+		}
+		begin := time.Now()
+		f, err := forkOne(ctx, m, sandbox.ForkRequest{Snapshot: w.sub.snap.Digest})
+		if err != nil {
+			return 0, err
+		}
+		defer func() { err = errors.Join(err, f.end(ctx)) }()
+		if info, getErr := m.Get(f.id); getErr != nil || !info.FromPool {
+			return 0, errors.Join(errNotWoken(), getErr)
+		}
+		err = f.with(ctx, askExec)
+		return ms(time.Since(begin)), err
+	}
+}
+
+// forkOne makes one sandbox. The caller ends it.
 func forkOne(ctx context.Context, m *sandbox.Manager, req sandbox.ForkRequest) (*forked, error) {
-	req.N, req.NoPool = 1, true
+	req.N = 1
 	results, err := m.Fork(ctx, req)
 	if err == nil {
 		err = results[0].Err
@@ -249,9 +286,9 @@ func (w *ward) restored(engine vmm.Engine) measured {
 			return 0, err
 		}
 		took = ms(time.Since(begin))
-		ctx, cancel := late(ctx)
+		ending, cancel := late(ctx)
 		defer cancel()
-		return took, vm.Kill(ctx)
+		return took, vm.Kill(ending)
 	}
 }
 

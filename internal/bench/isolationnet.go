@@ -261,7 +261,7 @@ func all(count int) goal {
 // relay measures what goes from a guest to a server through Tine, and beside it
 // from a guest to a server at the other end of a tap.
 func (n *wires) relay(ctx context.Context) (err error) {
-	f, err := forkOne(ctx, n.m, sandbox.ForkRequest{Snapshot: n.card.snap.Digest, Net: reach()})
+	f, err := forkOne(ctx, n.m, sandbox.ForkRequest{Snapshot: n.card.snap.Digest, NoPool: true, Net: reach()})
 	if err != nil {
 		return err
 	}
@@ -341,7 +341,7 @@ func lastLine(text []byte) string {
 // parseSamples reads one number a line.
 func parseSamples(text string) ([]float64, error) {
 	var samples []float64
-	for _, field := range strings.Fields(text) {
+	for field := range strings.FieldsSeq(text) {
 		n, err := strconv.ParseFloat(field, 64)
 		if err != nil || n <= 0 || math.IsInf(n, 0) {
 			return nil, fmt.Errorf("%w: the guest has measured %q", errdef.ErrUnavailable, field)

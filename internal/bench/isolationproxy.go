@@ -41,7 +41,7 @@ func (w *ward) proxy(ctx context.Context) (err error) {
 	served := make(chan error, 1)
 	go func() { served <- w.sub.d.Serve(serving, ln) }()
 	defer func() { stop(); err = errors.Join(err, <-served) }()
-	f, err := forkOne(ctx, w.sub.d.Sandboxes, sandbox.ForkRequest{Snapshot: w.sub.snap.Digest})
+	f, err := forkOne(ctx, w.sub.d.Sandboxes, sandbox.ForkRequest{Snapshot: w.sub.snap.Digest, NoPool: true})
 	if err != nil {
 		return err
 	}
