@@ -343,7 +343,7 @@ func parseSamples(text string) ([]float64, error) {
 	var samples []float64
 	for field := range strings.FieldsSeq(text) {
 		n, err := strconv.ParseFloat(field, 64)
-		if err != nil || n <= 0 || math.IsInf(n, 0) {
+		if err != nil || math.IsNaN(n) || math.IsInf(n, 0) || n <= 0 {
 			return nil, fmt.Errorf("%w: the guest has measured %q", errdef.ErrUnavailable, field)
 		}
 		samples = append(samples, n)

@@ -3,6 +3,7 @@ package bench
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 )
@@ -42,19 +43,27 @@ func (r *Result) writeIsolation(w io.Writer) error {
 	return t.Flush()
 }
 
-// remarks are the notes and the failures of isolation, each once.
+// remarks are the notes and the failures of isolation, each once with the steps
+// that it is about.
 func (r *Result) remarks() string {
-	var text strings.Builder
-	seen := map[string]bool{}
+	var order []string
+	steps := map[string][]string{}
 	for _, row := range r.Isolation {
-		for _, remark := range []struct{ kind, text string }{{"note", row.Note}, {"failed", row.Error}} {
-			line := fmt.Sprintf("%s: %s: %s\n", remark.kind, row.Step, remark.text)
-			if remark.text == "" || seen[line] {
+		for _, remark := range [][2]string{{"note", row.Note}, {"failed", row.Error}} {
+			text := remark[1]
+			key := remark[0] + ": " + text
+			if text == "" || slices.Contains(steps[key], row.Step) {
 				continue
 			}
-			seen[line] = true
-			text.WriteString(line)
+			if steps[key] == nil {
+				order = append(order, key)
+			}
+			steps[key] = append(steps[key], row.Step)
 		}
+	}
+	var text strings.Builder
+	for _, key := range order {
+		fmt.Fprintf(&text, "%s (%s)\n", key, strings.Join(steps[key], "; "))
 	}
 	return text.String()
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -23,32 +24,55 @@ type bareTap struct {
 }
 
 // newBareTap makes one. It takes root.
-func newBareTap() (*bareTap, error) {
-	type result struct {
-		t   *bareTap
-		err error
+func newBareTap() (t *bareTap, err error) {
+	if _, err = inNamespace(func() error { t, err = makeBareTap(); return err }); err != nil {
+		return nil, fmt.Errorf("make a bare tap: %w", err)
 	}
-	made := make(chan result)
-	go func() {
-		runtime.LockOSThread() // for ever: the thread ends with the goroutine
-		t, err := makeBareTap()
-		made <- result{t, err}
-	}()
-	r := <-made
-	if r.err != nil {
-		return nil, fmt.Errorf("make a bare tap: %w", r.err)
-	}
-	return r.t, nil
+	return t, nil
 }
 
-// makeBareTap puts this thread in a namespace of its own. A socket stays in that
+// inNamespace calls f on a thread that is in a network namespace of its own, and
+// says how long that took to make. The thread comes back: if it ended, so would
+// the machines that it has started, which die with their parent.
+func inNamespace(f func() error) (took time.Duration, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		var back bool
+		if took, back, err = visit(f); back {
+			runtime.UnlockOSThread()
+		}
+	}()
+	<-done
+	return took, err
+}
+
+// visit is inNamespace for this thread. It also says whether the thread is back.
+func visit(f func() error) (took time.Duration, back bool, err error) {
+	own, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return 0, true, err
+	}
+	defer func() { _ = own.Close() }() // only entered
+	begin := time.Now()
+	err = unix.Unshare(unix.CLONE_NEWNET)
+	took = time.Since(begin)
+	if err != nil {
+		return 0, true, os.NewSyscallError("unshare", err)
+	}
+	err = f()
+	if backErr := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); backErr != nil {
+		return took, false, errors.Join(err, os.NewSyscallError("setns", backErr))
+	}
+	return took, true, err
+}
+
+// makeBareTap makes one in the namespace of this thread. A socket stays in that
 // in which it was made, and so do those that it accepts.
 func makeBareTap() (_ *bareTap, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
-	if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
-		return nil, os.NewSyscallError("unshare", err)
-	}
 	t := &bareTap{}
 	if t.tap, err = openBareTap(); err != nil {
 		return nil, err

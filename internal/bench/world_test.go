@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/tinevm/tine/internal/errdef"
@@ -97,9 +100,8 @@ func TestWorldEnds(t *testing.T) {
 }
 
 // TestBareTap: it has an address that its servers listen on, where the host has
-// nothing.
+// nothing. It and TestNamespace are not parallel: they look at all threads.
 func TestBareTap(t *testing.T) {
-	t.Parallel()
 	if os.Geteuid() != 0 {
 		t.Skip("NOT TESTED: only root makes a namespace and a tap in it")
 	}
@@ -132,19 +134,38 @@ func TestBareTap(t *testing.T) {
 
 // TestNamespace: what is measured leaves this process where it is.
 func TestNamespace(t *testing.T) {
-	t.Parallel()
 	if os.Geteuid() != 0 {
 		t.Skip("NOT TESTED: only root makes a namespace")
 	}
-	before, err := os.Readlink("/proc/self/ns/net")
+	spaces := func() string {
+		paths, err := filepath.Glob("/proc/self/task/*/ns/net")
+		if err != nil || len(paths) == 0 {
+			t.Fatal(paths, err)
+		}
+		seen := map[string]bool{}
+		for _, path := range paths {
+			if space, err := os.Readlink(path); err == nil { // else the thread has ended
+				seen[space] = true
+			}
+		}
+		return fmt.Sprint(slices.Sorted(maps.Keys(seen)))
+	}
+	own, err := os.Readlink("/proc/thread-self/ns/net")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if took, err := namespace(t.Context()); err != nil || took <= 0 {
-		t.Errorf("%v ms, %v", took, err)
+	for range 20 {
+		there := ""
+		took, err := inNamespace(func() (err error) { there, err = os.Readlink("/proc/thread-self/ns/net"); return err })
+		if err != nil || took <= 0 || there == own {
+			t.Errorf("%v, %v, in %s of %s", took, err, there, own)
+		}
 	}
-	if after, err := os.Readlink("/proc/self/ns/net"); err != nil || after != before {
-		t.Errorf("%s before, %s after, %v", before, after, err)
+	if _, err := inNamespace(func() error { return errDeaf }); !errors.Is(err, errDeaf) {
+		t.Errorf("what fails there: %v", err)
+	}
+	if got := spaces(); got != "["+own+"]" {
+		t.Errorf("threads are in %s, and were in %s", got, own)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errDeaf)
