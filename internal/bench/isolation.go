@@ -154,9 +154,9 @@ func (w *ward) manager(ctx context.Context, engine vmm.Engine, net sandbox.NetCo
 		return nil, nil, err
 	}
 	return m, func() error {
-		ctx, cancel := late(ctx)
+		ending, cancel := late(ctx)
 		defer cancel()
-		return m.Close(ctx)
+		return m.Close(ending)
 	}, nil
 }
 

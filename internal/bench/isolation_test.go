@@ -132,7 +132,8 @@ func twoCrowds() [][]*crowd {
 }
 
 // sampleIsolation is a result with a row of every kind.
-func sampleIsolation() *Result {
+func sampleIsolation(t *testing.T) *Result {
+	t.Helper()
 	r := sample()
 	r.Rows, r.Parallel = []Row{}, []Parallel{}
 	w := &wires{ward: &ward{result: r}}
@@ -144,7 +145,9 @@ func sampleIsolation() *Result {
 		w.addStage(3, at, what, twoCrowds())
 	}
 	w.add(IsolationRow{Row: Row{Step: "stream", Unit: MiBPerSecond}, Note: worldNote, Error: "no floor: deaf"}, []float64{30}, nil)
-	_ = w.try(context.Background(), "proxy", func(context.Context) error { return errDeaf }) //nolint:usetesting // golden files have no test's context
+	if err := w.try(t.Context(), "proxy", func(context.Context) error { return errDeaf }); err != nil {
+		t.Fatal(err)
+	}
 	return r
 }
 
@@ -152,7 +155,7 @@ func TestIsolationGoldenFiles(t *testing.T) {
 	t.Parallel()
 	for name, asJSON := range map[string]bool{"isolation.txt": false, "isolation.json": true} {
 		var out bytes.Buffer
-		if err := sampleIsolation().write(&out, asJSON); err != nil {
+		if err := sampleIsolation(t).write(&out, asJSON); err != nil {
 			t.Fatal(err)
 		}
 		if asJSON {
@@ -182,7 +185,7 @@ func TestIsolationGoldenFiles(t *testing.T) {
 func TestAll(t *testing.T) {
 	t.Parallel()
 	got := map[string]string{}
-	for _, row := range sampleIsolation().Isolation {
+	for _, row := range sampleIsolation(t).Isolation {
 		if row.Unit == Sandboxes {
 			got[row.Step] = fmt.Sprint(targetCell(row.Targets), "; ", row.Error)
 		}

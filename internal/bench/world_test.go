@@ -86,7 +86,7 @@ func TestWorldEnds(t *testing.T) {
 	if err = w.close(); err != nil {
 		t.Error(err)
 	}
-	if n, err := conn.Read(make([]byte, 1)); err == nil {
+	if n, readErr := conn.Read(make([]byte, 1)); readErr == nil {
 		t.Errorf("%d bytes of a connection that has ended", n)
 	}
 	if _, err = newWorld(func(port int) (net.Listener, error) {
@@ -123,7 +123,7 @@ func TestBareTap(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, a := range list {
-		if prefix, err := netip.ParsePrefix(a.String()); err == nil && prefix.Addr() == gateway {
+		if prefix, parseErr := netip.ParsePrefix(a.String()); parseErr == nil && prefix.Addr() == gateway {
 			t.Errorf("%s is an address of the host", gateway)
 		}
 	}
