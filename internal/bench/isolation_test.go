@@ -127,7 +127,7 @@ func twoCrowds() [][]*crowd {
 	whole := stage{times: []float64{10, 30, 20}}
 	return [][]*crowd{
 		{of(whole, whole, stage{times: []float64{40, 50}, err: errDeaf}), of(whole, whole, stage{times: []float64{40, 50, 60}})},
-		{of(whole, whole), of(whole, whole)},
+		{of(whole, whole, whole), of(whole, whole, whole)},
 	}
 }
 
@@ -141,7 +141,7 @@ func sampleIsolation(t *testing.T) *Result {
 	w.add(head, []float64{100, 110, 104}, []float64{98, 112, 100})
 	head.Step, head.FloorIs, head.Note = "the jail adds to: fork", "", "differences within a turn"
 	w.add(head, differences([]float64{100, 110, 104}, []float64{98, 112, 100}), nil, atMostOf(jailLimit, Milliseconds))
-	for at, what := range []string{"came up", "first exec", "reached a server"} {
+	for at, what := range crowdStages() {
 		w.addStage(3, at, what, twoCrowds())
 	}
 	w.add(IsolationRow{Row: Row{Step: "stream", Unit: MiBPerSecond}, Note: worldNote, Error: "no floor: deaf"}, []float64{30}, nil)
