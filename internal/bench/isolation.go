@@ -168,40 +168,42 @@ func (w *ward) jail(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	free, end2, err := w.manager(ctx, w.opts.Isolation.Unjailed, sandbox.NetConfig{})
+	free, endFree, err := w.manager(ctx, w.opts.Isolation.Unjailed, sandbox.NetConfig{})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, end2()) }()
-	type pair struct {
-		name, point string
-		tine, floor measured
-	}
-	var pairs []pair
-	for _, p := range []point{{Exec, askExec}, {Ping, askPing}} {
-		pairs = append(pairs, pair{string(coldFork), p.name, w.fork(jailed, p), w.fork(free, p)})
-	}
-	pools := []*sandbox.Manager{jailed, free}
-	pairs = append(pairs, pair{string(poolFork), Exec, w.pooled(jailed, pools), w.pooled(free, pools)})
-	pairs = append(pairs, pair{"machine restored, not run", "", w.restored(ours), w.restored(w.opts.Isolation.Unjailed)})
-	for _, p := range pairs {
-		if p.name != string(poolFork) { // or their fillers are in the way
-			for _, m := range pools {
-				if err = m.SetPool(ctx, w.sub.snap.Digest, 0); err != nil {
-					return err
-				}
-			}
+	defer func() { err = errors.Join(err, endFree()) }()
+	bare, pools := w.opts.Isolation.Unjailed, []*sandbox.Manager{jailed, free}
+	for _, p := range []pair{
+		{string(coldFork), Exec, w.fork(jailed, point{Exec, askExec}), w.fork(free, point{Exec, askExec})},
+		{string(coldFork), Ping, w.fork(jailed, point{Ping, askPing}), w.fork(free, point{Ping, askPing})},
+		{"machine restored, not run", "", w.restored(ours), w.restored(bare)},
+		{string(poolFork), Exec, w.pooled(jailed, pools), w.pooled(free, pools)}, // last: the pools stay
+	} {
+		if err = w.try(ctx, p.name, func(ctx context.Context) error { return w.beside(ctx, p) }); err != nil {
+			return err
 		}
-		got, turnErr := w.byTurns(ctx, p.name+" with a jail and without", w.opts.Rounds, p.tine, p.floor)
-		if turnErr != nil {
-			return turnErr
-		}
-		head := IsolationRow{Row: Row{Step: p.name, Point: p.point, Unit: Milliseconds}, FloorIs: "the same engine without a jail"}
-		w.add(head, got[0], got[1])
-		head.Step, head.FloorIs = "the jail adds to: "+p.name, ""
-		head.Note = "differences within a turn"
-		w.add(head, differences(got[0], got[1]), nil, atMostOf(jailLimit, Milliseconds))
 	}
+	return nil
+}
+
+// pair is what is measured with the jail, and without.
+type pair struct {
+	name, point string
+	tine, floor measured
+}
+
+// beside adds the rows of a pair: both, and what the jail adds.
+func (w *ward) beside(ctx context.Context, p pair) error {
+	got, err := w.byTurns(ctx, p.name+" with a jail and without", w.opts.Rounds, p.tine, p.floor)
+	if err != nil {
+		return err
+	}
+	head := IsolationRow{Row: Row{Step: p.name, Point: p.point, Unit: Milliseconds}, FloorIs: "the same engine without a jail"}
+	w.add(head, got[0], got[1])
+	head.Step, head.FloorIs = "the jail adds to: "+p.name, ""
+	head.Note = "differences within a turn"
+	w.add(head, differences(got[0], got[1]), nil, atMostOf(jailLimit, Milliseconds))
 	return nil
 }
 

@@ -289,26 +289,36 @@ func (n *wires) relay(ctx context.Context) (err error) {
 		{"round trip of a byte", Milliseconds, "trips", portEcho, trips},
 		{"connection, and a byte there and back", Milliseconds, "connects", portEcho, connects},
 	} {
-		var samples [2][]float64
-		for i := range n.opts.Rounds {
-			progress.ReportAmount(ctx, step, "measuring a "+task.name, int64(i+1), int64(n.opts.Rounds))
-			for side, e := range []guestEnd{tine, floor} {
-				if e.m == nil {
-					continue
-				}
-				got, runErr := e.do(ctx, task)
-				if runErr != nil {
-					return fmt.Errorf("%s: %w", task.name, runErr)
-				}
-				samples[side] = append(samples[side], got...)
-			}
+		err = n.try(ctx, task.name, func(ctx context.Context) error { return n.carry(ctx, task, [2]guestEnd{tine, floor}, floorErr) })
+		if err != nil {
+			return err
 		}
-		row := IsolationRow{Row: Row{Step: task.name, Unit: task.unit}, FloorIs: "bare QEMU and a tap, server at the tap's address", Note: worldNote}
-		if floorErr != nil {
-			row.FloorIs, row.Error = "", "no floor: "+floorErr.Error()
-		}
-		n.add(row, samples[0], samples[1])
 	}
+	return nil
+}
+
+// carry adds the row of a task that both guests do; there may be no second one,
+// for a reason.
+func (n *wires) carry(ctx context.Context, task netTask, ends [2]guestEnd, noFloor error) error {
+	var samples [2][]float64
+	for i := range n.opts.Rounds {
+		progress.ReportAmount(ctx, step, "measuring a "+task.name, int64(i+1), int64(n.opts.Rounds))
+		for side, e := range ends {
+			if e.m == nil {
+				continue
+			}
+			got, err := e.do(ctx, task)
+			if err != nil {
+				return fmt.Errorf("to %s: %w", e.host, err)
+			}
+			samples[side] = append(samples[side], got...)
+		}
+	}
+	row := IsolationRow{Row: Row{Step: task.name, Unit: task.unit}, FloorIs: "bare QEMU and a tap, server at the tap's address", Note: worldNote}
+	if noFloor != nil {
+		row.FloorIs, row.Error = "", "no floor: "+noFloor.Error()
+	}
+	n.add(row, samples[0], samples[1])
 	return nil
 }
 
