@@ -91,8 +91,8 @@ var mayImport = map[string][]string{
 		"internal/jail", "internal/network", "internal/sandbox", "internal/undo", "internal/wire",
 	},
 	"internal/bench": {
-		"internal/attest", "internal/daemon", "internal/deterministic", "internal/errdef", "internal/guest", "internal/guestmem",
-		"internal/image", "internal/linux", "internal/progress", "internal/record",
+		"internal/attest", "internal/cgroup", "internal/daemon", "internal/deterministic", "internal/egress", "internal/errdef",
+		"internal/guest", "internal/guestmem", "internal/image", "internal/jail", "internal/linux", "internal/progress", "internal/record",
 		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
 	},
 	"internal/daemon": {

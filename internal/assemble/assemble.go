@@ -167,10 +167,19 @@ func (p Parts) bench(ctx context.Context, o cli.BenchOptions) error {
 				return err
 			}
 		}
-		return bench.Run(ctx, d, bench.Options{
+		opts := bench.Options{
 			Snapshot: o.Snapshot, Forks: o.Forks, Rounds: o.Rounds, Floor: o.Floor, Out: o.Out, JSON: o.JSON,
 			Branch: o.Branch, Memory: o.Memory, Deterministic: o.Deterministic,
-		})
+		}
+		if o.Isolate {
+			isolation, end, err := benchIsolation(ctx, o.HostOptions, d.Sandboxes.Engine.Name())
+			if err != nil {
+				return err
+			}
+			opts.Isolation = isolation
+			return errors.Join(bench.Run(ctx, d, opts), end())
+		}
+		return bench.Run(ctx, d, opts)
 	})
 }
 

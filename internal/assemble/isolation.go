@@ -1,6 +1,7 @@
 package assemble
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -11,9 +12,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tinevm/tine/internal/bench"
 	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/cli"
 	"github.com/tinevm/tine/internal/egress"
+	"github.com/tinevm/tine/internal/engines"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/network"
@@ -60,6 +63,21 @@ func totalMemory(o cli.IsolationOptions) int64 {
 		return 0
 	}
 	return int64(info.Totalram) * int64(info.Unit) / 10 * 9
+}
+
+// benchIsolation is what a bench of isolation compares with: the same engine
+// without a jail, and jails like the daemon's. The function that it returns ends
+// the engine.
+func benchIsolation(ctx context.Context, o cli.HostOptions, engine string) (*bench.Isolation, func() error, error) {
+	cfg := engineConfig(o)
+	cfg.Name, cfg.Jail, cfg.RequireJail = engine, nil, false
+	free, err := engines.Choose(ctx, cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	in := jailConfig(o)
+	in.Groups, in.NoGroups = cgroup.Open(cgroup.Config{Name: groupsName(o.StateDir) + "-bench", Disk: o.StateDir})
+	return &bench.Isolation{Unjailed: free, Jail: *in}, free.Close, nil
 }
 
 // netConfig is what sandboxes of a daemon on this host may reach at most.

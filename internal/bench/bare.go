@@ -35,6 +35,7 @@ type bare struct {
 	*subject
 	dirs   *dirs
 	lines  lines
+	tap    *os.File // what network cards are at; nil: nothing has one
 	parked *process // what raise(poolFork) takes
 }
 
@@ -232,7 +233,7 @@ func (b *bare) launch(ctx context.Context, l line, device string) (_ *process, e
 	// Its end is process.end's business, not that of ctx.
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.ExtraFiles = l.files(agent, qmp, state)
+	cmd.ExtraFiles = l.files(agent, qmp, state, b.tap)
 	cmd.Env = []string{"PATH=" + os.DevNull, "LC_ALL=C"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	if err = cmd.Start(); err != nil {

@@ -45,6 +45,10 @@ type Options struct {
 	// Deterministic measures deterministic runs and nothing else, beside normal
 	// forks that run the same. Forks and Floor do not matter then.
 	Deterministic bool
+	// Isolation, if not nil, measures what isolation costs and nothing else. The
+	// largest of Forks is how many networks there are at once then; Floor does
+	// not matter.
+	Isolation *Isolation
 	// Out receives the tables, or one JSON object if JSON is set.
 	Out  io.Writer
 	JSON bool
@@ -72,6 +76,16 @@ func (o *Options) check(limit int) error {
 	return nil
 }
 
+// parts is how many parts are asked for that are measured alone.
+func (o *Options) parts() (n int) {
+	for _, asked := range []bool{o.Branch, o.Deterministic, o.Isolation != nil} {
+		if asked {
+			n++
+		}
+	}
+	return n
+}
+
 // Run measures and writes what it measured. Missing a target is no error.
 // Whatever it started is gone when it returns.
 func Run(ctx context.Context, d *daemon.Daemon, opts Options) error {
@@ -92,12 +106,14 @@ func Measure(ctx context.Context, d *daemon.Daemon, opts Options) (_ *Result, er
 		return nil, err
 	}
 	switch {
-	case opts.Branch && opts.Deterministic:
-		return nil, fmt.Errorf("%w: branches and deterministic runs are measured one at a time", errdef.ErrInvalid)
+	case opts.parts() > 1:
+		return nil, fmt.Errorf("%w: branches, deterministic runs and isolation are measured one at a time", errdef.ErrInvalid)
 	case opts.Branch:
 		return measureBranches(ctx, sub, opts)
 	case opts.Deterministic:
 		return measureRuns(ctx, sub, opts)
+	case opts.Isolation != nil:
+		return measureIsolation(ctx, sub, opts)
 	}
 	work, err := os.MkdirTemp(filepath.Dir(d.Sandboxes.Dir), "bench-")
 	if err != nil {

@@ -151,7 +151,8 @@ func TestLongest(t *testing.T) {
 	if err != nil || got < 20 {
 		t.Errorf("longest wait %v ms, error %v", got, err)
 	}
-	if _, err = longest(func() error { return errDeaf }, func() error { return nil }); !errors.Is(err, errDeaf) {
+	deaf := make(chan struct{})
+	if _, err = longest(func() error { close(deaf); return errDeaf }, func() error { <-deaf; return nil }); !errors.Is(err, errDeaf) {
 		t.Errorf("nobody answers: %v", err)
 	}
 	if _, err = longest(func() error { return nil }, func() error { return errdef.ErrExhausted }); !errors.Is(err, errdef.ErrExhausted) {

@@ -28,6 +28,7 @@ type line struct {
 	argv   []string
 	agent  int // the listening sockets
 	qmp    int
+	tap    int    // of the network card, or 0
 	device int    // the device state: the first descriptor that nothing names
 	memory string // the file of guest RAM, or ""
 }
@@ -41,6 +42,9 @@ type lines struct{ fork, boot, template line }
 func learn(ctx context.Context, t *tine) (l lines, err error) {
 	if l.fork, err = learnFork(ctx, t); err != nil {
 		return l, err
+	}
+	if l.fork.tap != 0 {
+		return l, fmt.Errorf("%w: a network card", errLine)
 	}
 	if !l.fork.waits() {
 		return l, fmt.Errorf("%w: a fork without -incoming defer", errLine)
@@ -157,14 +161,16 @@ func parseLine(argv []string) (line, error) {
 			l.agent = fd
 		case option == "-chardev" && values["id"] == "qmp" && l.qmp == 0:
 			l.qmp = fd
+		case option == "-netdev" && l.tap == 0:
+			l.tap = fd
 		default:
 			return line{}, fmt.Errorf("%w: %s %s names a descriptor of a purpose unknown", errLine, option, arg)
 		}
 	}
-	if l.agent == 0 || l.qmp == 0 || l.agent == l.qmp {
-		return line{}, fmt.Errorf("%w: agent and qmp have the descriptors %d and %d", errLine, l.agent, l.qmp)
+	if l.agent == 0 || l.qmp == 0 || l.agent == l.qmp || l.tap != 0 && (l.tap == l.agent || l.tap == l.qmp) {
+		return line{}, fmt.Errorf("%w: agent, qmp and tap have the descriptors %d, %d and %d", errLine, l.agent, l.qmp, l.tap)
 	}
-	for l.device = firstFD; l.device == l.agent || l.device == l.qmp; {
+	for l.device = firstFD; l.device == l.agent || l.device == l.qmp || l.device == l.tap; {
 		l.device++
 	}
 	return l, nil
@@ -204,10 +210,13 @@ func (l line) named(name, memory string) []string {
 
 // files puts the files where the command line has them, as exec.Cmd.ExtraFiles
 // wants them.
-func (l line) files(agent, qmp, device *os.File) []*os.File {
-	files := make([]*os.File, max(l.agent, l.qmp, l.device)-firstFD+1)
+func (l line) files(agent, qmp, device, tap *os.File) []*os.File {
+	files := make([]*os.File, max(l.agent, l.qmp, l.device, l.tap)-firstFD+1)
 	files[l.agent-firstFD] = agent
 	files[l.qmp-firstFD] = qmp
 	files[l.device-firstFD] = device
+	if l.tap != 0 {
+		files[l.tap-firstFD] = tap
+	}
 	return files
 }

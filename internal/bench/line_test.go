@@ -37,6 +37,9 @@ func TestParseLine(t *testing.T) {
 		"fork_device_last":    {argv: at(forkLine, "3", "4"), want: line{agent: 3, qmp: 4, device: 5, memory: "/s/memory"}},
 		"boot":                {argv: at(bootLine, "4", "3"), want: line{agent: 4, qmp: 3, device: 5}},
 		"template":            {argv: at(templateLine, "4", "3"), want: line{agent: 4, qmp: 3, device: 5, memory: "/work/ram"}},
+		"tap":                 {argv: append(at(forkLine, "4", "5"), "-netdev", "tap,id=net,fd=3,vhost=off"), want: line{agent: 4, qmp: 5, tap: 3, device: 6, memory: "/s/memory"}},
+		"two_taps":            {argv: append(at(forkLine, "4", "5"), "-netdev", "tap,fd=3", "-netdev", "tap,fd=6"), bad: true},
+		"tap_and_agent":       {argv: append(at(forkLine, "4", "5"), "-netdev", "tap,fd=4"), bad: true},
 		"no_agent":            {argv: args("qemu -chardev socket,id=qmp,fd=3"), bad: true},
 		"no_qmp":              {argv: args("qemu -chardev socket,id=agent,fd=3"), bad: true},
 		"one_for_both":        {argv: at(forkLine, "3", "3"), bad: true},
@@ -108,7 +111,7 @@ func TestNamed(t *testing.T) {
 
 func TestFiles(t *testing.T) {
 	t.Parallel()
-	agent, qmp, device := &os.File{}, &os.File{}, &os.File{}
+	agent, qmp, device, tap := &os.File{}, &os.File{}, &os.File{}, &os.File{}
 	for name, tt := range map[string]struct {
 		line line
 		want []*os.File
@@ -116,10 +119,11 @@ func TestFiles(t *testing.T) {
 		"fork": {line{agent: 5, qmp: 4, device: 3}, []*os.File{device, qmp, agent}},
 		"boot": {line{agent: 4, qmp: 3, device: 5}, []*os.File{qmp, agent, device}},
 		"gap":  {line{agent: 6, qmp: 4, device: 3}, []*os.File{device, qmp, nil, agent}},
+		"tap":  {line{agent: 4, qmp: 3, device: 5, tap: 7}, []*os.File{qmp, agent, device, nil, tap}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			got := tt.line.files(agent, qmp, device)
+			got := tt.line.files(agent, qmp, device, tap)
 			if len(got) != len(tt.want) {
 				t.Fatalf("%d files, want %d", len(got), len(tt.want))
 			}
@@ -142,7 +146,7 @@ func FuzzParseLine(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if l.agent < firstFD || l.qmp < firstFD || l.device == l.agent || l.device == l.qmp || l.agent == l.qmp {
+		if l.agent < firstFD || l.qmp < firstFD || l.device == l.agent || l.device == l.qmp || l.device == l.tap || l.agent == l.qmp {
 			t.Errorf("descriptors of %q: %+v", data, l)
 		}
 		if got := len(l.named("x", "/ram")); got != len(l.argv) {

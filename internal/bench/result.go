@@ -47,6 +47,8 @@ type Result struct {
 	Parallel []Parallel `json:"parallel"`
 	// Branches is all that there is when branches were measured.
 	Branches []BranchRow `json:"branches,omitempty"`
+	// Isolation is all that there is when isolation was measured.
+	Isolation []IsolationRow `json:"isolation,omitempty"`
 }
 
 // Row is one thing that was measured on one machine at a time.

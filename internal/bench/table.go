@@ -20,6 +20,9 @@ func (r *Result) write(w io.Writer, asJSON bool) error {
 	if err := r.writeBranches(w); err != nil {
 		return err
 	}
+	if err := r.writeIsolation(w); err != nil {
+		return err
+	}
 	if err := r.writeRows(w); err != nil {
 		return err
 	}
@@ -65,6 +68,7 @@ func (r *Result) writeEnd(w io.Writer) error {
 		fmt.Fprintf(&text, "floor n/a: %s\n", r.NoFloor)
 	}
 	text.WriteString(r.warnings())
+	text.WriteString(r.remarks())
 	for _, p := range r.Parallel {
 		if p.Tine.Error != "" {
 			fmt.Fprintf(&text, "%d forks at once, %s: %s\n", p.Forks, p.Point, p.Tine.Error)
@@ -95,6 +99,9 @@ func (r *Result) count() (met, all int) {
 		add(p.Targets)
 	}
 	for _, row := range r.Branches {
+		add(row.Targets)
+	}
+	for _, row := range r.Isolation {
 		add(row.Targets)
 	}
 	return met, all

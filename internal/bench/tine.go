@@ -34,13 +34,19 @@ func (t *tine) prepare(ctx context.Context, how start) error {
 		return nil
 	}
 	t.pooled = true
-	if err := t.d.Sandboxes.SetPool(ctx, t.ref, 1); err != nil {
+	return fillPool(ctx, t.d.Sandboxes, t.ref)
+}
+
+// fillPool gives the snapshot a pool with one place, if it has none, and waits
+// until there is a fork in it.
+func fillPool(ctx context.Context, m *sandbox.Manager, ref string) error {
+	if err := m.SetPool(ctx, ref, 1); err != nil {
 		return err
 	}
 	tick := time.NewTicker(poolPoll)
 	defer tick.Stop()
 	for {
-		if ready, want := t.d.Sandboxes.Pool(t.ref); ready > 0 && ready >= want {
+		if ready, want := m.Pool(ref); ready > 0 && ready >= want {
 			return nil
 		}
 		select {
@@ -68,9 +74,13 @@ func (t *tine) raise(ctx context.Context, how start) (machine, error) {
 	}
 	m := &forked{t.d.Sandboxes, results[0].Sandbox.ID}
 	if how == poolFork && !results[0].Sandbox.FromPool {
-		return nil, errors.Join(fmt.Errorf("%w: the parked fork did not wake", errdef.ErrUnavailable), m.end(ctx))
+		return nil, errors.Join(errNotWoken(), m.end(ctx))
 	}
 	return m, nil
+}
+
+func errNotWoken() error {
+	return fmt.Errorf("%w: the parked fork did not wake", errdef.ErrUnavailable)
 }
 
 func (t *tine) fork(ctx context.Context, n int, each func(machine, error)) error {

@@ -152,11 +152,16 @@ With --branch it measures branches, roll-backs and suspensions instead, of
 guests with little and with much to copy; that takes some ten minutes.
 
 With --deterministic it measures deterministic runs, beside normal forks that
-run the same, and the verification of their records.`,
+run the same, and the verification of their records.
+
+With --isolation it measures what the jail, networks and the proxy cost, beside
+the same without them; the largest of --forks is how many networks there are at
+once.`,
 		Example: `  tine bench
   tine bench --forks 1,10 --rounds 3 --json
   tine bench --branch --memory 512
-  tine bench --deterministic`,
+  tine bench --deterministic
+  tine bench --isolation --rounds 15`,
 		Args: cobra.NoArgs,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			if a.Deps.Bench == nil {
@@ -175,6 +180,7 @@ run the same, and the verification of their records.`,
 	f.BoolVar(&opts.Floor, "floor", true, "measure the bare monitor beside it")
 	f.BoolVar(&opts.Branch, "branch", false, "measure branches instead of forks")
 	f.BoolVar(&opts.Deterministic, "deterministic", false, "measure deterministic runs instead of forks")
+	f.BoolVar(&opts.Isolate, "isolation", false, "measure the jail and networks instead of forks")
 	f.IntSliceVar(&opts.Memory, "memory", nil, "memory of the guests that are branched, in `MiB` (default 512,2048)")
 	return cmd
 }

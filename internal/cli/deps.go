@@ -161,6 +161,8 @@ type BenchOptions struct {
 	Memory []int
 	// Deterministic measures deterministic runs instead.
 	Deterministic bool
+	// Isolate measures what the jail and networks cost instead.
+	Isolate bool
 	// Out receives the result, as JSON if JSON is set.
 	Out  io.Writer
 	JSON bool
