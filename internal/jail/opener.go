@@ -105,7 +105,7 @@ func (o *opener) wait() (bool, error) {
 
 func (o *opener) answerOne() error {
 	var q question
-	err := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&q)) //nolint:gosec // x/sys has no wrapper
+	err := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&q))
 	if errors.Is(err, unix.ENOENT) {
 		return nil // whoever asked is gone
 	}
@@ -126,7 +126,7 @@ func (o *opener) answerOne() error {
 	if err != nil {
 		r.flags, r.value, r.errno = 0, 0, -int32(unix.EIO)
 	}
-	sendErr := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r)) //nolint:gosec // x/sys has no wrapper
+	sendErr := o.ioctl(unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&r))
 	if errors.Is(sendErr, unix.ENOENT) {
 		sendErr = nil
 	}
@@ -151,7 +151,7 @@ func (o *opener) open(q *question, addr uint64, r *reply) error {
 	}
 	defer func() { _ = again.Close() }() // the program has its own
 	g := gift{id: q.id, source: uint32(again.Fd()), newFlags: unix.O_CLOEXEC}
-	fd, err := o.ioctlResult(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&g)) //nolint:gosec // x/sys has no wrapper
+	fd, err := o.ioctlResult(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&g))
 	if errors.Is(err, unix.ENOENT) {
 		return nil // whoever asked is gone, or asks again after a signal
 	}
