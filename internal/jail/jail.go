@@ -67,9 +67,6 @@ type Level struct {
 	Missing       []string // what a host could have and this one has not, with the reason
 }
 
-// Complete reports whether nothing is missing.
-func (l Level) Complete() bool { return len(l.Missing) == 0 }
-
 // Jail starts programs of one kind. It is safe for concurrent use.
 type Jail struct {
 	cfg   Config
@@ -101,11 +98,6 @@ func Open(ctx context.Context, cfg Config) (*Jail, error) {
 		}
 		if err != nil {
 			return nil, fmt.Errorf("user ids of jail: %w", err)
-		}
-	}
-	if cfg.Groups != nil {
-		if err = cfg.Groups.SetTotal(cfg.Total); err != nil {
-			return nil, fmt.Errorf("limit all of jail: %w", err)
 		}
 	}
 	if j.tree, err = makeTree(ctx, cfg.Dir, cfg.Program, cfg.Others); err != nil {
@@ -144,6 +136,10 @@ func (j *Jail) probe(ctx context.Context) error {
 	} else {
 		j.level.Groups = j.cfg.Groups.Support()
 		j.level.Missing = append(j.level.Missing, j.level.Groups.Missing...)
+		// No reason not to start: what runs already may be over it.
+		if err := j.cfg.Groups.SetTotal(j.cfg.Total); err != nil {
+			j.level.Missing = append(j.level.Missing, fmt.Sprintf("a limit on all machines together: %v", err))
+		}
 	}
 	return cell.Close()
 }
