@@ -102,7 +102,7 @@ func (p *prison) start(ctx context.Context) (float64, error) {
 	if err != nil {
 		return 0, err
 	}
-	job := jail.Job{Name: p.name(), Output: p.null, Limits: p.limits(), DieWithParent: true}
+	job := jail.Job{Output: p.null, Limits: p.limits(), DieWithParent: true}
 	begin := time.Now()
 	started, err := c.Start(ctx, job)
 	if err != nil {

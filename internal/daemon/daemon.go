@@ -12,7 +12,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -207,18 +206,7 @@ func (d *Daemon) path(name string) string { return filepath.Join(d.cfg.StateDir,
 func (d *Daemon) sweep(ctx context.Context) error {
 	d.sweeping.Lock()
 	defer d.sweeping.Unlock()
-	return d.cfg.Engine.Sweep(ctx, d.inUse)
-}
-
-// inUse reports whether a machine of that name may run, or be about to: it has a
-// directory before it has anything else.
-func (d *Daemon) inUse(id string) bool {
-	for _, dir := range []string{"sandboxes", "runs"} {
-		if _, err := os.Lstat(filepath.Join(d.path(dir), id)); !errors.Is(err, fs.ErrNotExist) {
-			return true
-		}
-	}
-	return false
+	return d.cfg.Engine.Sweep(ctx)
 }
 
 func lock(stateDir string) (*os.File, error) {

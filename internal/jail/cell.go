@@ -26,7 +26,8 @@ type Cell struct {
 	cmd    *exec.Cmd
 	socket *os.File
 	stderr *tail
-	uid    *uidLease // nil when the daemon's own user is all there is
+	uid    *uidLease     // nil when the daemon's own user is all there is
+	group  *cgroup.Group // nil when there are no control groups
 	link   []*os.File
 	linked bool // it counts among the networks
 }
@@ -44,6 +45,12 @@ func (j *Jail) newCell(ctx context.Context, link bool) (_ *Cell, err error) {
 			return nil, err
 		}
 		u.Add(c.uid.Close)
+	}
+	if c.group, err = j.makeGroup(); err != nil {
+		return nil, err
+	}
+	if c.group != nil {
+		u.Add(c.leaveGroup)
 	}
 	theirs, err := c.pair()
 	if err != nil {
@@ -116,6 +123,17 @@ const launcherEnv = "TINE_LAUNCHER"
 func (c *Cell) setUp(ctx context.Context, link bool) error {
 	s := setup{Link: link}
 	var fds []int
+	if c.group != nil {
+		entrances, err := c.group.Entrances()
+		if err != nil {
+			return err
+		}
+		defer closeFiles(entrances)
+		for _, f := range entrances {
+			fds = append(fds, int(f.Fd()))
+		}
+		s.Entrances = len(fds)
+	}
 	if c.jail.level.OwnUser {
 		tree, err := openTree(c.jail.tree)
 		if err != nil {
@@ -207,6 +225,12 @@ func (c *Cell) Close() error {
 	if c.linked {
 		c.jail.dropLink()
 	}
+	return errors.Join(err, c.leaveGroup())
+}
+
+// leaveGroup removes the control group of a launcher that has ended.
+func (c *Cell) leaveGroup() error {
+	_, err := Release(context.Background(), c.group)
 	return err
 }
 
@@ -219,8 +243,6 @@ func (c *Cell) end() error {
 
 // Job is a program to be started.
 type Job struct {
-	// Name is that of its control group; it must be unlike all others.
-	Name string
 	Args []string // without the program's own name
 	Env  []string
 	// Output takes what it writes to its standard streams.
@@ -248,20 +270,12 @@ func (c *Cell) Start(ctx context.Context, job Job) (_ *Process, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
 	u.Add(c.Close)
-	group, err := c.jail.group(job)
-	if err != nil {
-		return nil, err
-	}
-	var entrances []*os.File
-	if group != nil {
-		u.Add(func() error { return group.Remove(context.WithoutCancel(ctx)) })
-		u.Add(c.end) // before the group goes
-		if entrances, err = group.Entrances(); err != nil {
-			return nil, err
+	if c.group != nil {
+		if err = c.group.Set(job.Limits); err != nil {
+			return nil, fmt.Errorf("limit program: %w", err)
 		}
-		defer closeFiles(entrances)
 	}
-	if err = c.send(job, entrances); err != nil {
+	if err = c.send(job); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, prepareTime, fmt.Errorf("%w: program has not started after %s", errdef.ErrTimeout, prepareTime))
@@ -271,21 +285,11 @@ func (c *Cell) Start(ctx context.Context, job Job) (_ *Process, err error) {
 		return nil, c.failed(err)
 	}
 	u.Release()
-	return c.process(group, job.Name, o), nil
+	return c.process(o), nil
 }
 
-// group makes the job's control group, with its limits, or none if there are no
-// control groups.
-func (j *Jail) group(job Job) (*cgroup.Group, error) {
-	if j.cfg.Groups == nil {
-		return nil, nil //nolint:nilnil // no groups, no error
-	}
-	return j.cfg.Groups.Create(job.Name, job.Limits)
-}
-
-func (c *Cell) send(spec Job, entrances []*os.File) error {
-	all := append(append([]*os.File{}, entrances...), spec.Output)
-	all = append(all, spec.Files...)
+func (c *Cell) send(spec Job) error {
+	all := append([]*os.File{spec.Output}, spec.Files...)
 	if c.uid != nil {
 		all = append(all, c.uid.lock) // it is held for as long as the program lives
 	}
@@ -296,8 +300,7 @@ func (c *Cell) send(spec Job, entrances []*os.File) error {
 	program := c.jail.cfg.Program
 	j := job{
 		Path: program, Args: append([]string{program}, spec.Args...), Env: spec.Env,
-		Entrances: len(entrances), Files: len(all) - len(entrances),
-		FileBytes: uint64(spec.FileBytes), DieWithParent: spec.DieWithParent, Landlock: c.jail.level.Landlock,
+		Files: len(all), FileBytes: uint64(spec.FileBytes), DieWithParent: spec.DieWithParent, Landlock: c.jail.level.Landlock,
 	}
 	if c.uid != nil && !c.jail.level.UserNamespace {
 		j.UID = c.uid.id

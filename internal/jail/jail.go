@@ -71,6 +71,7 @@ type Level struct {
 type Jail struct {
 	cfg   Config
 	tree  string
+	maker string // this process, in the names of control groups
 	level Level
 	log   *slog.Logger
 
@@ -99,6 +100,9 @@ func Open(ctx context.Context, cfg Config) (*Jail, error) {
 		if err != nil {
 			return nil, fmt.Errorf("user ids of jail: %w", err)
 		}
+	}
+	if j.maker, err = makerName(); err != nil {
+		return nil, err
 	}
 	if j.tree, err = makeTree(ctx, cfg.Dir, cfg.Program, cfg.Others); err != nil {
 		return nil, fmt.Errorf("make root of jail: %w", err)
@@ -310,41 +314,5 @@ func (j *Jail) keep(c *Cell) {
 	j.spare = append(j.spare, c)
 }
 
-// Sweep ends what is left of control groups that no machine is in any more, but
-// for those whose name inUse accepts.
-func (j *Jail) Sweep(ctx context.Context, inUse func(name string) bool) error {
-	if j.cfg.Groups == nil {
-		return nil
-	}
-	names, err := j.cfg.Groups.Names()
-	if err != nil {
-		return fmt.Errorf("list control groups: %w", err)
-	}
-	var errs []error
-	for _, name := range names {
-		if inUse(name) {
-			continue
-		}
-		group, err := j.cfg.Groups.Group(name)
-		if errors.Is(err, errdef.ErrNotFound) {
-			continue
-		}
-		if err == nil {
-			err = errors.Join(group.Kill(ctx), group.Remove(ctx))
-		}
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
-}
-
 // DefaultUIDs is the directory that daemons of one host share; see Config.UIDs.
 const DefaultUIDs = "/run/tine/uids"
-
-// Group finds the control group of a program that runs, by its process and
-// Process.Name, wherever the daemon that started it was in the hierarchy.
-func (j *Jail) Group(pid int, name string) (*cgroup.Group, error) {
-	if j.cfg.Groups == nil {
-		return nil, fmt.Errorf("%w: control group %s", errdef.ErrNotFound, name)
-	}
-	return j.cfg.Groups.GroupOf(pid, name)
-}

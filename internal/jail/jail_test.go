@@ -419,9 +419,9 @@ func TestHostile(t *testing.T) {
 			t.Fatal(err)
 		}
 		abstract := listenAbstract(t)
-		victim := startIn(t, take(t, j), "idle", Job{Name: "victim"})
+		victim := startIn(t, take(t, j), "idle", Job{})
 		env := []string{"TINE_TEST_SECRET=" + secret, "TINE_TEST_VICTIM=" + strconv.Itoa(victim.PID()), "TINE_TEST_ABSTRACT=" + abstract}
-		p := startIn(t, take(t, j), "try", Job{Name: "hostile", Env: env})
+		p := startIn(t, take(t, j), "try", Job{Env: env})
 		for name := range attempts() {
 			if result, ok := p.said[name]; !ok || !strings.HasPrefix(result, "failed: ") {
 				t.Errorf("%s: %q", name, result)
@@ -587,7 +587,7 @@ func TestGivenFileOnlyReads(t *testing.T) {
 		}
 		t.Cleanup(func() { _ = f.Close() })
 		p := startIn(t, take(t, j), "try", Job{
-			Name: "given", Env: []string{"TINE_TEST_OPEN=" + image, "TINE_TEST_VICTIM=" + strconv.Itoa(os.Getpid())},
+			Env:   []string{"TINE_TEST_OPEN=" + image, "TINE_TEST_VICTIM=" + strconv.Itoa(os.Getpid())},
 			Opens: map[string]*os.File{image: f},
 		})
 		want := `read "frozen"; write: bad file descriptor; private: <nil>; shared: permission denied`
@@ -628,12 +628,12 @@ func TestBombs(t *testing.T) {
 		t.Skipf("NOT TESTED: %v", j.cfg.NoGroups)
 	}
 	h := j.cfg.Groups
-	bystander := startIn(t, take(t, j), "idle", Job{Name: "bystander"})
+	bystander := startIn(t, take(t, j), "idle", Job{})
 	t.Run("threads", func(t *testing.T) {
 		if !h.Support().PIDs {
 			t.Skipf("NOT TESTED: %v", h.Support().Missing)
 		}
-		p := startIn(t, take(t, j), "threads", Job{Name: "threads", Env: []string{"GOTRACEBACK=none"}, Limits: cgroup.Limits{PIDs: 40}})
+		p := startIn(t, take(t, j), "threads", Job{Env: []string{"GOTRACEBACK=none"}, Limits: cgroup.Limits{PIDs: 40}})
 		out, err := io.ReadAll(p.output)
 		waitErr := p.Wait()
 		// EAGAIN, from Go's runtime or from C's.
@@ -641,13 +641,13 @@ func TestBombs(t *testing.T) {
 		if err != nil || waitErr == nil || !again {
 			t.Errorf("program with as many threads as it likes: %v, %v\n%s", err, waitErr, out)
 		}
-		startIn(t, take(t, j), "idle", Job{Name: "next"}).end(t)
+		startIn(t, take(t, j), "idle", Job{}).end(t)
 	})
 	t.Run("memory", func(t *testing.T) {
 		if !h.Support().Memory {
 			t.Skipf("NOT TESTED: %v", h.Support().Missing)
 		}
-		p := startIn(t, take(t, j), "eat", Job{Name: "eat", Limits: cgroup.Limits{MemoryBytes: 128 << 20}})
+		p := startIn(t, take(t, j), "eat", Job{Limits: cgroup.Limits{MemoryBytes: 128 << 20}})
 		err := p.Wait()
 		kills, releaseErr := Release(t.Context(), p.Group)
 		if err == nil || releaseErr != nil || kills < 1 {
@@ -680,7 +680,7 @@ func BenchmarkTakeAndStart(b *testing.B) {
 		}
 		take += time.Since(begin)
 		begin = time.Now()
-		p, err := cell.Start(b.Context(), Job{Name: "bench", Output: null, Args: []string{"-test.run=^$"}, FileBytes: 1 << 20})
+		p, err := cell.Start(b.Context(), Job{Output: null, Args: []string{"-test.run=^$"}, FileBytes: 1 << 20})
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -74,7 +74,7 @@ func hangWithJob() error {
 
 // like is a jail like another, but for what change does, and without spares.
 func like(j *Jail, change func(*Config)) *Jail {
-	other := &Jail{cfg: j.cfg, tree: j.tree, level: j.level, log: j.log}
+	other := &Jail{maker: j.maker, cfg: j.cfg, tree: j.tree, level: j.level, log: j.log}
 	change(&other.cfg)
 	return other
 }
@@ -223,7 +223,7 @@ func TestStartFails(t *testing.T) {
 			}
 		}, is: unix.EBADF},
 		"zero-in-argument": {change: func(_ *testing.T, _ *Cell, job *Job) { job.Args = []string{"a\x00b"} }, want: "invalid argument"},
-		"bad-name":         {change: func(_ *testing.T, _ *Cell, job *Job) { job.Name = "../name" }, is: errdef.ErrInvalid},
+		"bad-limit":        {change: func(_ *testing.T, _ *Cell, job *Job) { job.Limits.PIDs = -1 }, is: errdef.ErrInvalid},
 		"leaves":           {launcher: "leaves-with-job", is: errHungUp},
 		"hangs":            {launcher: "hangs-with-job", want: "cancelled by the test", cancel: true},
 	}
@@ -232,7 +232,7 @@ func TestStartFails(t *testing.T) {
 			if tt.link && !usual.level.OwnUser {
 				t.Skip("NOT TESTED: not root")
 			}
-			if name == "bad-name" && usual.cfg.Groups == nil {
+			if name == "bad-limit" && usual.cfg.Groups == nil {
 				t.Skipf("NOT TESTED: %v", usual.cfg.NoGroups)
 			}
 			j := like(usual, func(c *Config) {
@@ -250,7 +250,7 @@ func TestStartFails(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			job := Job{Name: "fails", Output: w}
+			job := Job{Output: w}
 			if tt.change != nil {
 				tt.change(t, cell, &job)
 			}
@@ -296,7 +296,7 @@ func TestNothingIsLeft(t *testing.T) {
 			if link {
 				checkLink(t, j, cell)
 			}
-			t.Run("program", func(t *testing.T) { startIn(t, cell, "idle", Job{Name: "program"}).end(t) })
+			t.Run("program", func(t *testing.T) { startIn(t, cell, "idle", Job{}).end(t) })
 			checkNothingHeld(t, j, before)
 			if cell, err = j.Take(t.Context(), link); err != nil {
 				t.Fatal(err)
@@ -367,7 +367,7 @@ func TestSpares(t *testing.T) {
 	if cell != spare[0] {
 		t.Error("not the spare cell that waits")
 	}
-	startIn(t, cell, "idle", Job{Name: "spare"}).end(t)
+	startIn(t, cell, "idle", Job{}).end(t)
 	if !j.level.OwnUser {
 		return
 	}

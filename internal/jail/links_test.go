@@ -41,7 +41,7 @@ func TestLinks(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = null.Close() }()
-	p, err := one.Start(t.Context(), Job{Name: "linked", Output: null, Env: []string{"TINE_TEST_HOSTILE=1"}, FileBytes: 1})
+	p, err := one.Start(t.Context(), Job{Output: null, Env: []string{"TINE_TEST_HOSTILE=1"}, FileBytes: 1})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -23,8 +23,8 @@ type Process struct {
 	opener *opener
 }
 
-func (c *Cell) process(group *cgroup.Group, name string, o *opener) *Process {
-	p := &Process{Group: group, Name: name, jail: c.jail, linked: c.linked, cmd: c.cmd, opener: o}
+func (c *Cell) process(o *opener) *Process {
+	p := &Process{Group: c.group, jail: c.jail, linked: c.linked, cmd: c.cmd, opener: o}
 	_ = c.socket.Close() // the other end is closed
 	if c.uid != nil {
 		_ = c.uid.Close() // the program has the lock now

@@ -49,6 +49,9 @@ func prepare(s setup, fds []int) (made []int, err error) {
 	if err = growTable(); err != nil {
 		return nil, fmt.Errorf("make room for files: %w", err)
 	}
+	if fds, err = enterGroups(s.Entrances, fds); err != nil {
+		return nil, fmt.Errorf("enter control groups: %w", err)
+	}
 	unix.Umask(0o077) // and not what the daemon happens to have
 	if err = unix.Sethostname([]byte("tine")); err != nil {
 		return nil, fmt.Errorf("name host: %w", err)
@@ -78,6 +81,20 @@ func setUpNetwork(s setup, fds []int) ([]int, error) {
 	return network.Setup(fds[len(fds)-1])
 }
 
+// enterGroups enters the control groups that the first n descriptors are the doors
+// of, and returns the others.
+func enterGroups(n int, fds []int) ([]int, error) {
+	if n < 0 || n > len(fds) {
+		return nil, fmt.Errorf("%w: %d groups, and %d files came along", errdef.ErrInvalid, n, len(fds))
+	}
+	for _, fd := range fds[:n] {
+		if _, err := unix.Write(fd, []byte("0")); err != nil {
+			return nil, err
+		}
+	}
+	return fds[n:], nil
+}
+
 // growTable makes the table of descriptors as large as it will have to be. In a
 // process with threads the kernel waits some 8 ms for that, which is better
 // spent before there is a job.
@@ -92,18 +109,13 @@ func growTable() error {
 // become leaves all behind that the program must not have, and is the program.
 // It returns only when that failed.
 func become(j job, fds []int) error {
-	if len(fds) != j.Entrances+j.Files || j.Entrances < 0 || j.Files < 1 {
-		return fmt.Errorf("%w: job of %d+%d files came with %d", errdef.ErrInvalid, j.Entrances, j.Files, len(fds))
-	}
-	for _, fd := range fds[:j.Entrances] {
-		if _, err := unix.Write(fd, []byte("0")); err != nil {
-			return fmt.Errorf("enter control group: %w", err)
-		}
+	if len(fds) != j.Files || j.Files < 1 {
+		return fmt.Errorf("%w: job of %d files came with %d", errdef.ErrInvalid, j.Files, len(fds))
 	}
 	if err := limit(j); err != nil {
 		return fmt.Errorf("limit resources: %w", err)
 	}
-	if err := place(fds[j.Entrances:]); err != nil {
+	if err := place(fds); err != nil {
 		return fmt.Errorf("place files: %w", err)
 	}
 	// Children of the program, which is the first process of its namespace, are

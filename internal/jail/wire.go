@@ -27,6 +27,9 @@ type setup struct {
 	// Tree is the path of the root that the program will see; empty: it comes
 	// as a mount that is ready to be put in place.
 	Tree string `json:"tree,omitempty"`
+	// Entrances: how many of the descriptors that come along, the first ones, are
+	// control groups to enter.
+	Entrances int `json:"entrances,omitempty"`
 	// Link asks for a network that leads to the daemon and nowhere else. With Tun
 	// the device to make its tap by comes along, last.
 	Link bool `json:"link,omitempty"`
@@ -38,9 +41,7 @@ type job struct {
 	Path string   `json:"path"`
 	Args []string `json:"args"` // with the program's name in front
 	Env  []string `json:"env"`
-	// Entrances, Files: how many of the descriptors that come along are groups
-	// to enter, and how many after these are the program's, output first.
-	Entrances     int    `json:"entrances"`
+	// Files: how many descriptors come along, output first.
 	Files         int    `json:"files"`
 	UID           int    `json:"uid,omitempty"` // to become, where there is no user namespace
 	FileBytes     uint64 `json:"file_bytes"`    // of a file, at most

@@ -33,7 +33,7 @@ func countFiles(t testing.TB) int {
 func TestMessages(t *testing.T) {
 	t.Parallel()
 	a, b := sockets(t)
-	sent := job{Path: "/p", Args: []string{"p", "ä \x00"}, Env: []string{"A=b"}, Entrances: 1, Files: 2, UID: 7, FileBytes: 1 << 63, DieWithParent: true, Landlock: 6}
+	sent := job{Path: "/p", Args: []string{"p", "ä \x00"}, Env: []string{"A=b"}, Files: 2, UID: 7, FileBytes: 1 << 63, DieWithParent: true, Landlock: 6}
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		t.Fatal(err)
@@ -118,9 +118,9 @@ func FuzzReceive(f *testing.F) {
 		if (err != nil && len(got) != 0) || (err == nil && len(got) != len(fds)) {
 			t.Errorf("%d files of %d, error %v", len(got), len(fds), err)
 		}
-		if j, ok := v.(*job); ok && err == nil && len(got) != j.Entrances+j.Files {
+		if j, ok := v.(*job); ok && err == nil && len(got) != j.Files {
 			if err := become(*j, got); !errors.Is(err, errdef.ErrInvalid) {
-				t.Errorf("job of %d+%d files with %d: %v", j.Entrances, j.Files, len(got), err)
+				t.Errorf("job of %d files with %d: %v", j.Files, len(got), err)
 			}
 		}
 		closeAll(got)

@@ -47,9 +47,9 @@ type Engine interface {
 	// machine no longer runs.
 	Adopt(ctx context.Context, h Handle) (VM, error)
 
-	// Sweep clears away what machines have left on the host that no longer run,
-	// except for those whose ID inUse accepts: they may be about to run.
-	Sweep(ctx context.Context, inUse func(id string) bool) error
+	// Sweep clears away what machines have left on the host that no longer run, and
+	// that a process started which is no more.
+	Sweep(ctx context.Context) error
 
 	// Close ends what the engine keeps ready for machines to come. Machines go
 	// on.

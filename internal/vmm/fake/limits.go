@@ -9,7 +9,7 @@ import (
 )
 
 // Sweep does nothing: a fake machine leaves nothing on its host.
-func (e *Engine) Sweep(context.Context, func(id string) bool) error { return nil }
+func (e *Engine) Sweep(context.Context) error { return nil }
 
 // Close does nothing: the engine keeps nothing ready.
 func (e *Engine) Close() error { return nil }

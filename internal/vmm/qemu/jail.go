@@ -2,8 +2,6 @@ package qemu
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -89,14 +87,11 @@ func (e *Engine) group(pid int, name string) *cgroup.Group {
 }
 
 // Sweep removes the control groups of machines that are no more.
-func (e *Engine) Sweep(ctx context.Context, inUse func(id string) bool) error {
+func (e *Engine) Sweep(ctx context.Context) error {
 	if e.jail == nil {
 		return nil
 	}
-	return e.jail.Sweep(ctx, func(name string) bool {
-		id, _, _ := strings.Cut(name, ".")
-		return inUse(id)
-	})
+	return e.jail.Sweep(ctx)
 }
 
 // Close ends the launchers that wait for machines.
@@ -125,7 +120,7 @@ func (l *launcher) startJailed(ctx context.Context, out *os.File) (started, erro
 		}
 	}
 	p, err := l.cell.Start(ctx, jail.Job{
-		Name: groupName(l.spec.ID), Args: l.args, Env: environment(), Output: out, Files: l.files, Opens: l.names,
+		Args: l.args, Env: environment(), Output: out, Files: l.files, Opens: l.names,
 		Limits: groupLimits(l.spec.Limits), FileBytes: l.largestFile(), DieWithParent: l.spec.DieWithParent,
 	})
 	if err != nil {
@@ -140,13 +135,6 @@ func (l *launcher) leaveCell() error {
 		return nil
 	}
 	return l.cell.Close()
-}
-
-// groupName is unlike that of any other machine, also of the same sandbox.
-func groupName(id string) string {
-	var b [4]byte
-	_, _ = rand.Read(b[:]) // never fails: crypto/rand
-	return id + "." + hex.EncodeToString(b[:])
 }
 
 func groupLimits(l vmm.Limits) cgroup.Limits {
