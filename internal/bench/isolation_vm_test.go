@@ -28,7 +28,7 @@ func TestIsolation(t *testing.T) {
 	in.Groups, in.NoGroups = cgroup.Open(cgroup.Config{Name: "tine-test-bench", Disk: vmtest.StateDir(t)})
 	var out bytes.Buffer
 	opts := bench.Options{
-		Snapshot: vmtest.SnapshotTag, Forks: []int{3}, Rounds: 2, Out: &out, JSON: true,
+		Snapshot: vmtest.SnapshotTag, Forks: []int{2}, Rounds: 1, Out: &out, JSON: true,
 		Isolation: &bench.Isolation{Unjailed: free, Jail: in},
 	}
 	if err = bench.Run(t.Context(), d, opts); err != nil {
@@ -51,8 +51,8 @@ func TestIsolation(t *testing.T) {
 		if !alone && (!full(&row.Tine) || !full(row.Floor) || row.Ratio == 0 || row.FloorIs == "") {
 			t.Errorf("row %+v, floor %+v", row, row.Floor)
 		}
-		if row.Unit == bench.Sandboxes && row.Tine.Min != 3 {
-			t.Errorf("%s: %v of 3", row.Step, row.Tine.Min)
+		if row.Unit == bench.Sandboxes && row.Tine.Min != 2 {
+			t.Errorf("%s: %v of 2", row.Step, row.Tine.Min)
 		}
 	}
 	t.Run("leaves_nothing_when_canceled", func(t *testing.T) {
