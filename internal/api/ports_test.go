@@ -535,7 +535,7 @@ func TestProxyCutOff(t *testing.T) {
 func TestProxyMuch(t *testing.T) {
 	t.Parallel()
 	base, _ := server(t)
-	const size = 64 << 20
+	const size = 16 << 20
 	numbers := func() io.Reader { return io.LimitReader(rand.NewChaCha8([32]byte{1}), size) }
 	port := inGuest(t, func(w http.ResponseWriter, r *http.Request) {
 		n, err := io.Copy(io.Discard, r.Body)

@@ -67,7 +67,7 @@ func TestSweep(t *testing.T) {
 		t.Fatal(err)
 	}
 	sleeper := exec.Command("sleep", "1000")
-	if err := sleeper.Start(); err != nil {
+	if err = sleeper.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -80,11 +80,11 @@ func TestSweep(t *testing.T) {
 	}
 	for _, f := range entrances {
 		_, writeErr := f.WriteString(strconv.Itoa(sleeper.Process.Pid))
-		if err := errors.Join(writeErr, f.Close()); err != nil {
+		if err = errors.Join(writeErr, f.Close()); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := j.Sweep(t.Context()); err != nil {
+	if err = j.Sweep(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	names, err := j.cfg.Groups.Names()
