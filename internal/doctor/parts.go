@@ -94,7 +94,10 @@ func limitsCheck(c vmm.Caps) Check {
 
 func networkCheck(c vmm.Caps) Check {
 	if !c.Net {
-		return Check{Name: "network", Status: Warn, Detail: "machines can have no network card, as that needs the jail"}
+		return Check{
+			Name: "network", Status: Warn, Detail: "machines can have no network card",
+			Hint: "that takes the jail, nftables, and a /dev/net/tun that the daemon may open: modprobe tun, or run as root",
+		}
 	}
 	return Check{Name: "network", Status: OK, Detail: "machines can have a network card, in a namespace of their own"}
 }

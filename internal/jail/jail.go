@@ -64,6 +64,7 @@ type Level struct {
 	UserNamespace bool
 	Landlock      int // the kernel's version of it; 0: none
 	Groups        cgroup.Support
+	NoLink        error    // why no program can have a network; nil: they can
 	Missing       []string // what a host could have and this one has not, with the reason
 }
 
@@ -144,6 +145,16 @@ func (j *Jail) probe(ctx context.Context) error {
 		if err := j.cfg.Groups.SetTotal(j.cfg.Total); err != nil {
 			j.level.Missing = append(j.level.Missing, fmt.Sprintf("a limit on all machines together: %v", err))
 		}
+	}
+	return errors.Join(cell.Close(), j.probeLink(ctx))
+}
+
+// probeLink makes a cell with a network, if it can.
+func (j *Jail) probeLink(ctx context.Context) error {
+	cell, err := j.newCell(ctx, true)
+	if err != nil {
+		j.level.NoLink = err
+		return nil
 	}
 	return cell.Close()
 }

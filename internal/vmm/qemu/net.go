@@ -29,8 +29,8 @@ func (l *launcher) network() {
 // has a card.
 func (l *launcher) takeCell(ctx context.Context) (err error) {
 	switch {
-	case l.engine.jail == nil && l.spec.Machine.Net:
-		return errNoJail()
+	case l.spec.Machine.Net && !l.engine.Caps().Net:
+		return l.engine.errNoNetwork()
 	case l.engine.jail == nil:
 		return nil
 	}
@@ -43,9 +43,12 @@ func (l *launcher) takeCell(ctx context.Context) (err error) {
 	return nil
 }
 
-func errNoJail() error {
+func (e *Engine) errNoNetwork() error {
 	err := fmt.Errorf("%w: a network card for a machine without a jail", errdef.ErrUnsupported)
-	return errdef.WithHint(err, "tine doctor says why this host has no jail")
+	if e.jail != nil {
+		err = fmt.Errorf("%w: a network card: %w", errdef.ErrUnsupported, e.jail.Level().NoLink)
+	}
+	return errdef.WithHint(err, "tine doctor says what this host lacks for it")
 }
 
 // Link opens the sockets that hear the guest. They are taken from QEMU, which has

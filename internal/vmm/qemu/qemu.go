@@ -118,7 +118,7 @@ func (e *Engine) Caps() vmm.Caps {
 		return caps
 	}
 	level := e.jail.Level()
-	caps.Jail, caps.Net, caps.JailLacks = true, true, level.Missing
+	caps.Jail, caps.Net, caps.JailLacks = true, level.NoLink == nil, level.Missing
 	caps.Limits = vmm.LimitSupport{Memory: level.Groups.Memory, CPU: level.Groups.CPU, PIDs: level.Groups.PIDs, IO: level.Groups.IO}
 	return caps
 }
