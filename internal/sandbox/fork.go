@@ -165,8 +165,8 @@ func (m *Manager) forkOne(ctx context.Context, req ForkRequest, o *origin, parke
 		}
 	}
 	if b == nil {
-		leave, err := m.enter(ctx)
-		if err != nil {
+		var leave func()
+		if leave, err = m.enter(ctx); err != nil {
 			m.drop()
 			return nil, err
 		}
@@ -175,7 +175,10 @@ func (m *Manager) forkOne(ctx context.Context, req ForkRequest, o *origin, parke
 			return nil, err
 		}
 	}
-	if err := errors.Join(b.equip(req), b.handOut(req, start)); err != nil {
+	if err = b.equip(req); err == nil {
+		err = b.handOut(req, start)
+	}
+	if err != nil {
 		return nil, errors.Join(err, b.order(context.WithoutCancel(ctx), end))
 	}
 	return b, nil
@@ -185,7 +188,7 @@ func (m *Manager) forkOne(ctx context.Context, req ForkRequest, o *origin, parke
 func (b *box) equip(req ForkRequest) error {
 	b.mu.Lock()
 	vm, shape, has := b.vm, b.record.Machine, b.record.Limits
-	limits := b.m.limits(req.Limits, shape)
+	limits := b.m.LimitsOf(req.Limits, shape)
 	b.record.MemoryLimitMiB, b.record.Limits, b.record.Net = req.Limits.MemoryMiB, limits, req.Net
 	b.mu.Unlock()
 	if limits != has { // it was parked
@@ -263,7 +266,7 @@ func (m *Manager) restore(ctx context.Context, o *origin, asked vmm.Limits) (_ *
 	r := m.newRecord(newID())
 	r.SnapshotTag, r.SnapshotDigest, r.Machine = o.snap.Tag, o.snap.Digest, o.snap.Manifest.Machine
 	r.Origin, r.Head = o.snap.Digest, o.snap.Digest
-	r.Limits = m.limits(asked, r.Machine)
+	r.Limits = m.LimitsOf(asked, r.Machine)
 	if err = r.create(m.Dir, m.self); err != nil {
 		return nil, err
 	}

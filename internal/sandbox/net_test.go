@@ -204,3 +204,22 @@ func TestNetRefused(t *testing.T) {
 		t.Error("rules for a sandbox without a card")
 	}
 }
+
+// A sandbox that cannot be given its network is never handed out: nobody is told
+// of it, and nothing of it is left.
+func TestNetFails(t *testing.T) {
+	t.Parallel()
+	events := NewEvents(100, nil)
+	w, m := netWorld(t, func(c *Config) { c.Events = events })
+	last := events.Last()
+	failed := errors.New("no network")
+	w.engine.Fail("Link", failed)
+	results, err := m.Fork(t.Context(), ForkRequest{Snapshot: "net", N: 1})
+	if err != nil || !errors.Is(results[0].Err, failed) {
+		t.Fatalf("%+v, %v", results, err)
+	}
+	if told, _, _, _ := events.After(last, 100); len(told) > 0 {
+		t.Errorf("events: %+v", told)
+	}
+	w.nothing(t, m)
+}

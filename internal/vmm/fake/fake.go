@@ -66,7 +66,7 @@ const deviceState = "fake device state 1\n"
 
 // Fail makes the next op of any machine fail with err. Operations are named
 // like the methods: Start, Restore, Freeze, SaveDevice, PrepareDisk, FreezeDisk,
-// Pause, Resume.
+// Pause, Resume, Link.
 func (e *Engine) Fail(op string, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

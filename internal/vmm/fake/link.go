@@ -29,6 +29,9 @@ func (m *machine) Link() (vmm.Link, error) {
 	if !m.spec.Machine.Net {
 		return nil, fmt.Errorf("%w: machine without a network card", errdef.ErrUnsupported)
 	}
+	if err := m.engine.fails("Link"); err != nil {
+		return nil, err
+	}
 	return &link{calls: m.calls, closed: make(chan struct{})}, nil
 }
 
