@@ -34,7 +34,7 @@ func groupsName(stateDir string) string {
 }
 
 // spareLaunchers is how many launchers wait for machines: one forks a few
-// machines at a time, and each takes 4 ms to make.
+// machines at a time, and each takes some 40 ms to make.
 const spareLaunchers = 4
 
 // jailConfig is the jail of a daemon on this host.

@@ -45,7 +45,8 @@ type Config struct {
 	// Groups limits what programs take; nil: nothing does, for the reason NoGroups.
 	Groups   *cgroup.Hierarchy
 	NoGroups error
-	// Total limits all programs together; zero fields are no limits.
+	// Total limits all programs together; zero fields are no limits. The zero Total
+	// leaves what is in force as it is.
 	Total cgroup.Limits
 	// Spare is how many launchers wait for work.
 	Spare int
@@ -141,12 +142,20 @@ func (j *Jail) probe(ctx context.Context) error {
 	} else {
 		j.level.Groups = j.cfg.Groups.Support()
 		j.level.Missing = append(j.level.Missing, j.level.Groups.Missing...)
-		// No reason not to start: what runs already may be over it.
-		if err := j.cfg.Groups.SetTotal(j.cfg.Total); err != nil {
-			j.level.Missing = append(j.level.Missing, fmt.Sprintf("a limit on all machines together: %v", err))
-		}
+		j.limitAll()
 	}
 	return errors.Join(cell.Close(), j.probeLink(ctx))
+}
+
+// limitAll sets the limits on all programs together. That they cannot be set is no
+// reason not to start: what runs already may be over them.
+func (j *Jail) limitAll() {
+	if j.cfg.Total == (cgroup.Limits{}) {
+		return
+	}
+	if err := j.cfg.Groups.SetTotal(j.cfg.Total); err != nil {
+		j.level.Missing = append(j.level.Missing, fmt.Sprintf("a limit on all machines together: %v", err))
+	}
 }
 
 // probeLink makes a cell with a network, if it can.
