@@ -2,13 +2,11 @@ package client
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
 	"net/http"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/coder/websocket"
 
@@ -56,7 +54,7 @@ func (c *Client) DialPort(ctx context.Context, id string, port int) (net.Conn, e
 		return nil, err
 	}
 	p := &portConn{
-		conn: conn, addr: portAddr(id + ":" + itoa(port)), reads: deadline.New(), writes: deadline.New(),
+		conn: conn, addr: portAddr(id + ":" + itoa(port)), Pair: deadline.NewPair(),
 		closed: make(chan struct{}), pieces: make(chan []byte), over: make(chan struct{}),
 	}
 	p.work.Go(func() { p.receive(context.WithoutCancel(ctx)) })
@@ -75,11 +73,12 @@ func (a portAddr) String() string { return string(a) }
 // portConn is a connection to a port of a sandbox, on a WebSocket: binary
 // messages are bytes, and one without any says that there are no more.
 type portConn struct {
-	conn          *websocket.Conn
-	addr          portAddr
-	reads, writes *deadline.Deadline
-	closed        chan struct{} // closed by Close
-	work          sync.WaitGroup
+	deadline.Pair // a Write that its deadline ends, ends the connection
+
+	conn   *websocket.Conn
+	addr   portAddr
+	closed chan struct{} // closed by Close
+	work   sync.WaitGroup
 
 	pieces chan []byte   // from receive to Read; one without bytes is the end
 	over   chan struct{} // closed when nothing more comes
@@ -121,7 +120,7 @@ func (p *portConn) receive(ctx context.Context) {
 func (p *portConn) Read(b []byte) (int, error) {
 	p.reading.Lock()
 	defer p.reading.Unlock()
-	ctx := p.reads.Context()
+	ctx := p.Reads.Context()
 	if ctx.Err() != nil {
 		return 0, p.failed("read", context.Cause(ctx))
 	}
@@ -161,7 +160,7 @@ func (p *portConn) fill(ctx context.Context) error {
 func (p *portConn) Write(b []byte) (int, error) {
 	p.writing.Lock()
 	defer p.writing.Unlock()
-	ctx := p.writes.Context()
+	ctx := p.Writes.Context()
 	sent := 0
 	for sent < len(b) {
 		piece := b[sent:min(len(b), sent+tunnelChunk)]
@@ -186,18 +185,18 @@ func (p *portConn) CloseWrite() error {
 	defer p.writing.Unlock()
 	var err error
 	p.ending.Do(func() {
-		if err = p.conn.Write(p.writes.Context(), websocket.MessageBinary, nil); err != nil {
+		if err = p.conn.Write(p.Writes.Context(), websocket.MessageBinary, nil); err != nil {
 			err = p.failed("close", err)
 		}
 	})
-	p.writes.Close(syscall.EPIPE)
+	p.Writes.Close(syscall.EPIPE)
 	return err
 }
 
 // Close ends the connection. What was written still goes to the sandbox.
 func (p *portConn) Close() error {
-	first := p.reads.Close(net.ErrClosed)
-	p.writes.Close(net.ErrClosed)
+	first := p.Reads.Close(net.ErrClosed)
+	p.Writes.Close(net.ErrClosed)
 	if !first {
 		return p.failed("close", net.ErrClosed)
 	}
@@ -212,23 +211,6 @@ func (p *portConn) LocalAddr() net.Addr { return portAddr("client") }
 
 // RemoteAddr is the port in the sandbox.
 func (p *portConn) RemoteAddr() net.Addr { return p.addr }
-
-// SetDeadline sets both deadlines.
-func (p *portConn) SetDeadline(t time.Time) error {
-	return errors.Join(p.SetReadDeadline(t), p.SetWriteDeadline(t))
-}
-
-// SetReadDeadline bounds Read.
-func (p *portConn) SetReadDeadline(t time.Time) error {
-	p.reads.Set(t)
-	return nil
-}
-
-// SetWriteDeadline bounds Write. A Write that it ends ends the connection.
-func (p *portConn) SetWriteDeadline(t time.Time) error {
-	p.writes.Set(t)
-	return nil
-}
 
 func (p *portConn) failed(op string, err error) error {
 	return &net.OpError{Op: op, Net: p.addr.Network(), Addr: p.addr, Err: err}

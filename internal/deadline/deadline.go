@@ -92,3 +92,29 @@ func (d *Deadline) Close(cause error) bool {
 	d.cancel(cause)
 	return true
 }
+
+// Pair are the deadlines of a connection's two directions. A connection that
+// embeds one has the methods of a net.Conn that set them.
+type Pair struct{ Reads, Writes *Deadline }
+
+// NewPair returns a Pair of which neither is set.
+func NewPair() Pair { return Pair{Reads: New(), Writes: New()} }
+
+// SetDeadline sets both deadlines. It never fails.
+func (p Pair) SetDeadline(t time.Time) error {
+	p.Reads.Set(t)
+	p.Writes.Set(t)
+	return nil
+}
+
+// SetReadDeadline bounds reading. It never fails.
+func (p Pair) SetReadDeadline(t time.Time) error {
+	p.Reads.Set(t)
+	return nil
+}
+
+// SetWriteDeadline bounds writing. It never fails.
+func (p Pair) SetWriteDeadline(t time.Time) error {
+	p.Writes.Set(t)
+	return nil
+}

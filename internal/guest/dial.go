@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/tinevm/tine/internal/deadline"
 	"github.com/tinevm/tine/internal/errdef"
@@ -59,15 +58,16 @@ func (c *Client) DialPort(ctx context.Context, port int) (net.Conn, error) {
 	if err = c.decode(st, chunk, &guestproto.Empty{}); err != nil {
 		return nil, err
 	}
-	return &portConn{client: c, stream: st, addr: PortAddr{Port: port}, reads: deadline.New(), writes: deadline.New()}, nil
+	return &portConn{client: c, stream: st, addr: PortAddr{Port: port}, Pair: deadline.NewPair()}, nil
 }
 
 // portConn is a connection to a port. It has no goroutine of its own.
 type portConn struct {
-	client        *Client
-	stream        *guestproto.Stream
-	addr          PortAddr
-	reads, writes *deadline.Deadline
+	deadline.Pair
+
+	client *Client
+	stream *guestproto.Stream
+	addr   PortAddr
 
 	reading sync.Mutex // held by Read
 	rest    []byte     // of the last chunk
@@ -81,7 +81,7 @@ type portConn struct {
 func (p *portConn) Read(b []byte) (int, error) {
 	p.reading.Lock()
 	defer p.reading.Unlock()
-	ctx := p.reads.Context()
+	ctx := p.Reads.Context()
 	if ctx.Err() != nil {
 		return 0, p.failed("read", context.Cause(ctx))
 	}
@@ -123,7 +123,7 @@ func (p *portConn) fill(ctx context.Context) error {
 func (p *portConn) Write(b []byte) (int, error) {
 	p.writing.Lock()
 	defer p.writing.Unlock()
-	ctx := p.writes.Context()
+	ctx := p.Writes.Context()
 	if ctx.Err() != nil {
 		return 0, p.failed("write", context.Cause(ctx))
 	}
@@ -139,7 +139,7 @@ func (p *portConn) Write(b []byte) (int, error) {
 
 // CloseWrite says that nothing more is sent. Writes that wait fail.
 func (p *portConn) CloseWrite() error {
-	p.writes.Close(syscall.EPIPE)
+	p.Writes.Close(syscall.EPIPE)
 	p.writing.Lock() // data after the end would break the protocol
 	defer p.writing.Unlock()
 	var err error
@@ -152,8 +152,8 @@ func (p *portConn) CloseWrite() error {
 
 // Close ends the connection. What was written still goes to the program.
 func (p *portConn) Close() error {
-	first := p.reads.Close(net.ErrClosed)
-	p.writes.Close(net.ErrClosed)
+	first := p.Reads.Close(net.ErrClosed)
+	p.Writes.Close(net.ErrClosed)
 	if !first {
 		return p.failed("close", net.ErrClosed)
 	}
@@ -166,23 +166,6 @@ func (p *portConn) LocalAddr() net.Addr { return PortAddr{} }
 
 // RemoteAddr is the port in the guest.
 func (p *portConn) RemoteAddr() net.Addr { return p.addr }
-
-// SetDeadline sets both deadlines.
-func (p *portConn) SetDeadline(t time.Time) error {
-	return errors.Join(p.SetReadDeadline(t), p.SetWriteDeadline(t))
-}
-
-// SetReadDeadline bounds Read.
-func (p *portConn) SetReadDeadline(t time.Time) error {
-	p.reads.Set(t)
-	return nil
-}
-
-// SetWriteDeadline bounds Write.
-func (p *portConn) SetWriteDeadline(t time.Time) error {
-	p.writes.Set(t)
-	return nil
-}
 
 func (p *portConn) failed(op string, err error) error {
 	return &net.OpError{Op: op, Net: p.addr.Network(), Addr: p.addr, Err: err}
