@@ -24,10 +24,11 @@ const (
 	monitorPIDs = 128
 )
 
-// limits are what a machine may take: what was asked for, and for the rest what
-// every machine of its shape may take, as far as this host can enforce that. What
-// was asked for and cannot be enforced is the engine's error to make.
-func (m *Manager) limits(asked vmm.Limits, shape vmm.Machine) vmm.Limits {
+// LimitsOf are what a machine may take: what was asked for, and for the rest what
+// every machine of its shape may take, as far as this host can enforce that; 0 is
+// no limit. What was asked for and cannot be enforced is the engine's error to
+// make.
+func (m *Manager) LimitsOf(asked vmm.Limits, shape vmm.Machine) vmm.Limits {
 	var usual vmm.Limits
 	can := m.Engine.Caps().Limits
 	if can.Memory {
@@ -43,12 +44,6 @@ func (m *Manager) limits(asked vmm.Limits, shape vmm.Machine) vmm.Limits {
 		MemoryMiB: cmp.Or(asked.MemoryMiB, usual.MemoryMiB), CPUMillis: cmp.Or(asked.CPUMillis, usual.CPUMillis),
 		PIDs: cmp.Or(asked.PIDs, usual.PIDs), IOBytes: asked.IOBytes,
 	}
-}
-
-// LimitsOf are what a machine of the shape would have that is forked with what
-// was asked for: 0 for what this host does not limit.
-func (m *Manager) LimitsOf(asked vmm.Limits, shape vmm.Machine) vmm.Limits {
-	return m.limits(asked, shape)
 }
 
 // minPIDs is what a monitor needs to come up.
@@ -79,7 +74,7 @@ func (m *Manager) Limit(ctx context.Context, id string, asked vmm.Limits) (Info,
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	r := b.record
-	r.MemoryLimitMiB, r.Limits = asked.MemoryMiB, m.limits(asked, r.Machine)
+	r.MemoryLimitMiB, r.Limits = asked.MemoryMiB, m.LimitsOf(asked, r.Machine)
 	if b.vm != nil {
 		if err = b.vm.SetLimits(r.Limits); err != nil {
 			return Info{}, fmt.Errorf("limit sandbox %s: %w", id, err)

@@ -203,7 +203,7 @@ func (t *template) boot(ctx context.Context, id string) error {
 		Memory: t.stage.MemoryPath(),
 	}
 	spec.DieWithParent = true
-	spec.Limits = t.m.limits(vmm.Limits{}, t.shape)
+	spec.Limits = t.m.LimitsOf(vmm.Limits{}, t.shape)
 	if t.shape.DiskMiB > 0 {
 		spec.Disk = t.stage.DiskPath()
 		if err = image.FormatDisk(ctx, spec.Disk, int64(t.shape.DiskMiB)<<20); err != nil {
