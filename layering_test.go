@@ -49,9 +49,12 @@ var mayImport = map[string][]string{
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
 	"internal/vmm": {"internal/guestmem"},
-	"internal/vmm/qemu": {
+	"internal/vmm/process": {
 		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
 		"internal/vmm",
+	},
+	"internal/vmm/qemu": {
+		"internal/errdef", "internal/guestmem", "internal/jail", "internal/undo", "internal/vmm", "internal/vmm/process",
 	},
 
 	// Tier 2: the domain.
@@ -143,7 +146,7 @@ var testsMayImport = map[string][]string{
 	"internal/guest":         {"internal/agent"},
 	"internal/sandbox":       {"internal/network", "internal/vmm/qemu"},
 
-	"internal/vmm/qemu":  {"internal/guest", "internal/image"},
+	"internal/vmm/qemu":  {"internal/guest", "internal/image", "internal/linux"},
 	"internal/workspace": {"internal/guest", "internal/snapshot"},
 }
 

@@ -254,10 +254,10 @@ func (m *machine) Answer() error {
 // gone says why QEMU does not answer: its files close a little before it ends.
 func (m *machine) gone(err error) error {
 	select {
-	case <-m.done:
+	case <-m.Done():
 	case <-time.After(time.Second):
 	}
-	return m.ended(err)
+	return m.Ended(err)
 }
 
 // haltExactly lets the guest go on, which stops the machine, and waits for that.
@@ -281,7 +281,7 @@ func (m *machine) haltExactly(ctx context.Context) error {
 		err = control.await(ctx, eventStop)
 	}
 	if err != nil {
-		return m.ended(fmt.Errorf("stop exactly: %w", err))
+		return m.Ended(fmt.Errorf("stop exactly: %w", err))
 	}
 	return nil
 }

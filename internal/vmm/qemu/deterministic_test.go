@@ -32,7 +32,7 @@ func TestGate(t *testing.T) {
 	if err = g.handed(); err != nil {
 		t.Fatal(err)
 	}
-	m := &machine{gate: g, done: make(chan struct{})}
+	m := &machine{gate: g}
 	for range 5 {
 		for range 3 {
 			if err = write(); !errors.Is(err, unix.EAGAIN) {

@@ -93,7 +93,7 @@ func checkDisk(path string, i int, size int64) error {
 }
 
 func (l *launcher) blockdev(name, path, below string, readOnly bool) error {
-	if l.engine.jail != nil {
+	if l.engine.host.Jail != nil {
 		set := diskSet(name)
 		files, err := openDisk(path, readOnly)
 		if err != nil {
@@ -166,7 +166,7 @@ func (m *machine) dropDisk(ctx context.Context, control *monitor, node string) e
 	}
 	drop := command{Execute: "remove-fd", Arguments: map[string]any{"fdset-id": diskSet(node)}}
 	if _, err := control.execute(ctx, drop); err != nil {
-		return m.ended(err)
+		return m.Ended(err)
 	}
 	return nil
 }
@@ -266,7 +266,7 @@ func (m *machine) freezeDisk(ctx context.Context) ([]string, error) {
 	}
 	cover := command{Execute: "blockdev-snapshot", Arguments: map[string]any{"node": g.chain[last], "overlay": g.spare}}
 	if _, err = control.execute(ctx, cover); err != nil {
-		return nil, m.ended(err)
+		return nil, m.Ended(err)
 	}
 	return files, nil
 }
@@ -286,11 +286,11 @@ func (m *machine) addSpare(ctx context.Context, control *monitor, g graph) (node
 	}
 	name, err := m.addDisk(ctx, control, node, path)
 	if err != nil {
-		return "", m.ended(err)
+		return "", m.Ended(err)
 	}
 	add := command{Execute: "blockdev-add", Arguments: diskNode(node, name, "", false)}
 	if _, err = control.execute(ctx, add); err != nil {
-		return "", m.ended(err)
+		return "", m.Ended(err)
 	}
 	return node, nil
 }
@@ -336,7 +336,7 @@ func (m *machine) sweep(ctx context.Context, control *monitor, g graph) error {
 	for _, node := range g.unused {
 		remove := command{Execute: "blockdev-del", Arguments: map[string]any{"node-name": node}}
 		if _, err := control.execute(ctx, remove); err != nil {
-			return m.ended(err)
+			return m.Ended(err)
 		}
 		if err := m.dropDisk(ctx, control, node); err != nil {
 			return err
@@ -365,7 +365,7 @@ func (m *machine) join(ctx context.Context, control *monitor, g graph) error {
 		"backing-file": "", "auto-dismiss": false,
 	}}
 	if _, err := control.execute(ctx, start); err != nil {
-		return m.ended(err)
+		return m.Ended(err)
 	}
 	err := m.waitJoin(ctx, control)
 	if ctx.Err() != nil {
@@ -389,7 +389,7 @@ func (m *machine) waitJoin(ctx context.Context, control *monitor) error {
 			Error  string `json:"error"`
 		}
 		if err := control.query(ctx, "query-jobs", &jobs); err != nil {
-			return m.ended(err)
+			return m.Ended(err)
 		}
 		if len(jobs) != 1 || jobs[0].ID != joinJob {
 			return fmt.Errorf("QEMU has jobs %+v", jobs)
@@ -397,7 +397,7 @@ func (m *machine) waitJoin(ctx context.Context, control *monitor) error {
 		if jobs[0].Status == "concluded" {
 			forget := command{Execute: "job-dismiss", Arguments: map[string]any{"id": joinJob}}
 			if _, err := control.execute(ctx, forget); err != nil {
-				return m.ended(err)
+				return m.Ended(err)
 			}
 			if jobs[0].Error != "" {
 				return fmt.Errorf("QEMU: join disks: %s", jobs[0].Error)
@@ -443,7 +443,7 @@ func (m *machine) diskGraph(ctx context.Context) (graph, *monitor, error) {
 	}
 	var all blockGraph
 	if err = control.query(ctx, "x-debug-query-block-graph", &all); err != nil {
-		return graph{}, nil, m.ended(err)
+		return graph{}, nil, m.Ended(err)
 	}
 	g, err := all.disk()
 	return g, control, err

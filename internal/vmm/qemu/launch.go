@@ -6,16 +6,13 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
-	"syscall"
 
-	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
-	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/process"
 )
 
 // Names in a machine's directory.
@@ -38,7 +35,7 @@ type launcher struct {
 	device string              // the disk itself, if there is one
 	gate   *gate               // of a deterministic machine
 	bare   bool                // device state comes without configuration
-	files  []*os.File          // handed down from firstFD on
+	files  []*os.File          // handed down from Host.FirstFile on
 	opened []*os.File          // those of files that are ours to close
 	names  map[string]*os.File // what QEMU opens by name, ours to close
 	cell   *jail.Cell          // where it is to run; nil without a jail
@@ -54,13 +51,13 @@ func newLauncher(e *Engine, spec vmm.Common) *launcher {
 // give hands f down and returns the descriptor it will have in the child.
 func (l *launcher) give(f *os.File) int {
 	l.files = append(l.files, f)
-	return l.engine.firstFD() + len(l.files) - 1
+	return l.engine.host.FirstFile() + len(l.files) - 1
 }
 
 // open opens a file that QEMU is to open by its name. In the jail it gets what is
 // opened here, and can do with it no more than flags say.
 func (l *launcher) open(path string, flags int) error {
-	if l.engine.jail == nil {
+	if l.engine.host.Jail == nil {
 		return nil // it has the daemon's rights
 	}
 	f, err := os.OpenFile(path, flags, 0o600)
@@ -130,11 +127,39 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if err = l.takeCell(ctx); err != nil {
+	if l.cell, err = l.engine.host.TakeCell(ctx, l.spec.Machine.Net); err != nil {
 		return nil, err
 	}
+	out, err := l.complete()
+	if err != nil {
+		return nil, errors.Join(err, process.LeaveCell(l.cell))
+	}
+	p, err := l.engine.host.Start(ctx, process.Launch{
+		Handle: vmm.Handle{Dir: l.spec.Dir, Memory: l.image, Disk: l.disks, Link: l.links},
+		Binary: l.engine.binary, Args: l.args, Cell: l.cell, Output: out, Files: l.files, Opens: l.names,
+		FileBytes: l.largestFile(), Limits: l.spec.Limits, DieWithParent: l.spec.DieWithParent,
+	})
+	l.closeOpened() // also when it has started: a QEMU that dies must not leave its sockets with us
+	if err != nil {
+		return nil, err
+	}
+	u.Release() // what comes now is the machine's
+	m := &machine{handle: p.Handle(), gate: l.gate}
+	m.Process = p.Watch(m.hooks())
+	if err = m.settle(ctx, p); err != nil {
+		return nil, errors.Join(err, m.Kill(context.WithoutCancel(ctx)))
+	}
+	return m, nil
+}
+
+// complete adds to the command line what depends on the cell, and the files that
+// are handed down, and returns the one that takes what QEMU says.
+func (l *launcher) complete() (out *os.File, err error) {
+	if l.cell != nil && l.spec.Machine.Net {
+		l.tap, l.link = l.cell.Link()[0], l.cell.Link()[1:]
+	}
 	if err = l.machine(); err != nil {
-		return nil, errors.Join(err, l.leaveCell())
+		return nil, err
 	}
 	for _, lease := range l.spec.Leases {
 		l.give(lease)
@@ -142,69 +167,16 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	for _, f := range l.link {
 		l.links = append(l.links, l.give(f))
 	}
-	out, err := os.OpenFile(filepath.Join(l.spec.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-	if err != nil {
-		return nil, errors.Join(err, l.leaveCell())
+	if l.engine.host.Jail != nil && l.engine.accel == KVM {
+		if err = l.open(kvmDevice, os.O_RDWR); err != nil {
+			return nil, err
+		}
 	}
-	l.opened = append(l.opened, out)
-	p, err := l.start(ctx, out)
-	l.closeOpened() // also when it has started: a QEMU that dies must not leave its sockets with us
-	if err != nil {
-		return nil, err
+	out, err = os.OpenFile(filepath.Join(l.spec.Dir, logFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err == nil {
+		l.opened = append(l.opened, out)
 	}
-	u.Add(func() error { _ = p.kill(); _ = p.settled(); _ = p.wait(); return release(p.group()) })
-	h, err := l.handle(p)
-	if err != nil {
-		return nil, err
-	}
-	u.Release() // what comes now is the machine's
-	m := newVM(h, p, l.gate, p.group(), l.engine.log)
-	if err = m.settle(ctx, p); err != nil {
-		return nil, errors.Join(err, m.Kill(context.WithoutCancel(ctx)))
-	}
-	return m, nil
-}
-
-// environment is all that QEMU is told of its surroundings.
-func environment() []string { return []string{"PATH=" + os.DevNull, "LC_ALL=C"} }
-
-// start starts QEMU, in the jail if there is one.
-func (l *launcher) start(ctx context.Context, out *os.File) (started, error) {
-	if l.engine.jail != nil {
-		return l.startJailed(ctx, out)
-	}
-	if l.spec.Limits != (vmm.Limits{}) {
-		return nil, fmt.Errorf("%w: limits on a machine without a jail", errdef.ErrUnsupported)
-	}
-	// Not CommandContext: ctx bounds this call, not the machine's life.
-	cmd := exec.Command(l.engine.binary, l.args...) //nolint:noctx // the machine outlives the call
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.ExtraFiles = l.files
-	cmd.Env = environment()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if l.spec.DieWithParent {
-		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	return &child{cmd: cmd}, nil
-}
-
-func (l *launcher) handle(p started) (vmm.Handle, error) {
-	start, err := linux.StartTime(p.pid())
-	if err != nil {
-		return vmm.Handle{}, err
-	}
-	boot, err := linux.BootID()
-	if err != nil {
-		return vmm.Handle{}, err
-	}
-	h := vmm.Handle{Engine: l.engine.Name(), PID: p.pid(), StartTime: start, BootID: boot, Dir: l.spec.Dir, Memory: l.image, Disk: l.disks, Jailed: p.jailed(), Link: l.links}
-	if g := p.group(); g != nil {
-		h.Group = g.Name()
-	}
-	return h, nil
+	return out, err
 }
 
 // machine adds what every machine has. The same list must stand in front of a

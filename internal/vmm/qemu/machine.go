@@ -6,96 +6,26 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestmem"
-	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/process"
 )
-
-// process is what a machine needs of its QEMU, whoever started it.
-type process interface {
-	// wait returns when the process has ended; only one goroutine calls it.
-	wait() error
-	kill() error
-}
-
-// started is a process that this process has started.
-type started interface {
-	process
-	pid() int
-	group() *cgroup.Group // nil if it has none
-	// settled says that the process has opened all that it opens by name.
-	settled() error
-	// jailed: somebody opens its files for it until then.
-	jailed() bool
-}
-
-// child is a QEMU without a jail.
-type child struct{ cmd *exec.Cmd }
-
-func (c *child) wait() error          { return c.cmd.Wait() }
-func (c *child) kill() error          { return c.cmd.Process.Kill() }
-func (c *child) pid() int             { return c.cmd.Process.Pid }
-func (c *child) group() *cgroup.Group { return nil }
-func (c *child) settled() error       { return nil }
-func (c *child) jailed() bool         { return false }
-
-// adopted is a QEMU that an earlier process started.
-type adopted struct {
-	p       *linux.Process
-	release func() // called when it has ended
-
-	mu   sync.Mutex // no signal is sent through a descriptor that is closed
-	over bool
-}
-
-// errUnwatched stands in for the exit status, which only a parent is told.
-var errUnwatched = errors.New("it was started by an earlier daemon, so its exit status is not known")
-
-func (a *adopted) wait() error {
-	err := a.p.Wait(context.Background())
-	a.release()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.over = true
-	return errors.Join(errUnwatched, err, a.p.Close())
-}
-
-func (a *adopted) kill() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.over {
-		return os.ErrProcessDone
-	}
-	return a.p.Signal(unix.SIGKILL)
-}
 
 // machine is one running QEMU.
 type machine struct {
-	handle  vmm.Handle
-	process process
-	log     *slog.Logger
-	gate    *gate         // of a deterministic machine
-	group   *cgroup.Group // nil if it has none
-	shared  string        // the file that is its memory, unless handle.Memory is
-	done    chan struct{}
-	err     error // set before done is closed
-
-	mu     sync.Mutex
-	killed bool
+	*process.Process
+	handle vmm.Handle
+	gate   *gate  // of a deterministic machine
+	shared string // the file that is its memory, unless handle.Memory is
 
 	diskMu sync.Mutex // held while the files of the disk change
 
@@ -103,32 +33,17 @@ type machine struct {
 	control   *monitor   // dialled on first use
 }
 
-func newVM(h vmm.Handle, p process, g *gate, group *cgroup.Group, log *slog.Logger) *machine {
-	m := &machine{handle: h, process: p, gate: g, group: group, log: log, done: make(chan struct{})}
-	go m.watch()
-	return m
-}
-
-// watch waits for QEMU's end; it lives exactly as long as QEMU does.
-func (m *machine) watch() {
-	err := m.process.wait()
-	m.gate.close()
-	oom := m.release()
-	m.mu.Lock()
-	if err != nil && !m.killed {
-		m.err = m.explain(err)
-		if oom {
-			m.err = fmt.Errorf("%w: %w", errdef.ErrExhausted, vmm.ErrOutOfMemory)
-		}
+// hooks are what comes with the end of QEMU.
+func (m *machine) hooks() process.Hooks {
+	return process.Hooks{
+		Ended:   m.gate.close,
+		Explain: m.explain,
+		Gone:    func() { _ = m.hangUp() }, // nobody is at the other end
 	}
-	m.mu.Unlock()
-	close(m.done)
-	_ = m.hangUp() // nobody is at the other end
 }
 
 // explain adds the last line that QEMU wrote to the way it ended.
 func (m *machine) explain(err error) error {
-	err = fmt.Errorf("%w: QEMU ended: %w", errdef.ErrUnavailable, err)
 	f, openErr := os.Open(filepath.Join(m.handle.Dir, logFile))
 	if openErr != nil {
 		return err
@@ -140,25 +55,6 @@ func (m *machine) explain(err error) error {
 		err = fmt.Errorf("%w: %s", err, last)
 	}
 	return err
-}
-
-// PID is QEMU's process.
-func (m *machine) PID() int { return m.handle.PID }
-
-// Handle is what Adopt needs.
-func (m *machine) Handle() vmm.Handle { return m.handle }
-
-// Done is closed when QEMU has ended.
-func (m *machine) Done() <-chan struct{} { return m.done }
-
-// Err says why QEMU ended, once Done is closed.
-func (m *machine) Err() error {
-	select {
-	case <-m.done:
-		return m.err
-	default:
-		return nil
-	}
 }
 
 // Dial connects to the agent's port. QEMU serves one connection at a time and
@@ -239,26 +135,9 @@ func (m *machine) Paused(ctx context.Context) (bool, error) {
 		Running bool `json:"running"`
 	}
 	if err := control.query(ctx, "query-status", &state); err != nil {
-		return false, m.ended(fmt.Errorf("ask whether it is paused: %w", err))
+		return false, m.Ended(fmt.Errorf("ask whether it is paused: %w", err))
 	}
 	return !state.Running, nil
-}
-
-// Memory finds the mapping of the image among QEMU's.
-func (m *machine) Memory() (guestmem.Space, error) {
-	select {
-	case <-m.done: // its PID may be another process's
-		return guestmem.Space{}, m.ended(nil)
-	default:
-	}
-	if m.handle.Memory == "" {
-		return guestmem.Space{}, fmt.Errorf("%w: memory of machine in %s is not a private mapping of an image", errdef.ErrUnsupported, m.handle.Dir)
-	}
-	space, err := guestmem.FindSpace(m.handle.PID, m.handle.Memory)
-	if err != nil {
-		return guestmem.Space{}, m.ended(fmt.Errorf("find memory of machine in %s: %w", m.handle.Dir, err))
-	}
-	return space, nil
 }
 
 // SaveDevice writes the device state of a paused machine.
@@ -276,7 +155,7 @@ func (m *machine) SaveDevice(ctx context.Context, device string) error {
 	}
 	state, err := control.saveState(ctx)
 	if err != nil {
-		return m.ended(fmt.Errorf("save device state: %w", err))
+		return m.Ended(fmt.Errorf("save device state: %w", err))
 	}
 	if err := writeNew(device, state); err != nil {
 		return fmt.Errorf("save device state: %w", err)
@@ -302,12 +181,12 @@ func (m *machine) load(ctx context.Context, fd int, fill func(context.Context, g
 			return err
 		}
 		if err := fill(ctx, space); err != nil {
-			return m.ended(fmt.Errorf("fill memory: %w", err))
+			return m.Ended(fmt.Errorf("fill memory: %w", err))
 		}
 	}
 	start := command{Execute: "migrate-incoming", Arguments: map[string]any{"uri": fmt.Sprintf("fd:%d", fd)}}
 	if err := control.executeAll(ctx, ignoreShared, start); err != nil {
-		return m.ended(fmt.Errorf("load device state: %w", err))
+		return m.Ended(fmt.Errorf("load device state: %w", err))
 	}
 	if err := m.waitMigration(ctx, control, "load device state"); err != nil || !run {
 		return err
@@ -316,7 +195,7 @@ func (m *machine) load(ctx context.Context, fd int, fill func(context.Context, g
 		// The guest may be at its gate before QEMU's main thread has answered, and
 		// the answer would wait until it is let through.
 		if err := control.send(ctx, command{Execute: "cont"}); err != nil {
-			return m.ended(fmt.Errorf("resume: %w", err))
+			return m.Ended(fmt.Errorf("resume: %w", err))
 		}
 		return nil
 	}
@@ -334,7 +213,7 @@ func (m *machine) waitMigration(ctx context.Context, control *monitor, what stri
 			Desc   string `json:"error-desc"`
 		}
 		if err := control.query(ctx, "query-migrate", &state); err != nil {
-			return m.ended(fmt.Errorf("%s: %w", what, err))
+			return m.Ended(fmt.Errorf("%s: %w", what, err))
 		}
 		switch state.Status {
 		case "completed":
@@ -366,28 +245,6 @@ func (m *machine) Console(ctx context.Context) (string, error) {
 	return text, err
 }
 
-// Kill ends QEMU and waits for its end.
-func (m *machine) Kill(ctx context.Context) error {
-	m.mu.Lock()
-	m.killed = true
-	m.mu.Unlock()
-	select {
-	case <-m.done:
-		return nil
-	default:
-	}
-	err := m.process.kill()
-	if err != nil && !errors.Is(err, os.ErrProcessDone) && !errors.Is(err, errdef.ErrNotFound) {
-		return fmt.Errorf("kill machine in %s: %w", m.handle.Dir, err)
-	}
-	select {
-	case <-m.done:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("kill machine in %s: %w", m.handle.Dir, context.Cause(ctx))
-	}
-}
-
 // Detach closes the control connection and leaves QEMU running.
 func (m *machine) Detach() error { return m.hangUp() }
 
@@ -409,22 +266,9 @@ func (m *machine) run(ctx context.Context, verb string, c command) error {
 		return err
 	}
 	if _, err := control.execute(ctx, c); err != nil {
-		return m.ended(fmt.Errorf("%s: %w", verb, err))
+		return m.Ended(fmt.Errorf("%s: %w", verb, err))
 	}
 	return nil
-}
-
-// ended prefers the reason why QEMU is gone to the broken connection it left.
-func (m *machine) ended(err error) error {
-	select {
-	case <-m.done:
-		if m.err != nil {
-			return m.err
-		}
-		return fmt.Errorf("%w: the machine is gone", errdef.ErrUnavailable)
-	default:
-		return err
-	}
 }
 
 // monitor returns the control connection, made on first use.
@@ -441,7 +285,7 @@ func (m *machine) monitor(ctx context.Context) (*monitor, error) {
 	}
 	control, err := dialMonitor(ctx, filepath.Join(m.handle.Dir, controlSocket))
 	if err != nil {
-		return nil, m.ended(fmt.Errorf("%w: dial QEMU: %w", errdef.ErrUnavailable, err))
+		return nil, m.Ended(fmt.Errorf("%w: dial QEMU: %w", errdef.ErrUnavailable, err))
 	}
 	m.control = control
 	return control, nil

@@ -24,8 +24,8 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
-	"github.com/tinevm/tine/internal/linux"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/process"
 )
 
 // Accel is how QEMU runs guest code.
@@ -55,8 +55,7 @@ type Engine struct {
 	binary  string
 	accel   Accel
 	version string
-	jail    *jail.Jail // nil when there is none
-	log     *slog.Logger
+	host    process.Host
 }
 
 var _ vmm.Engine = (*Engine)(nil)
@@ -78,12 +77,13 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: ask %s for its version: %w", errdef.ErrUnavailable, binary, err)
 	}
-	e := &Engine{binary: binary, accel: cfg.Accel, version: parseVersion(string(out)), log: cfg.Logger}
+	e := &Engine{binary: binary, accel: cfg.Accel, version: parseVersion(string(out))}
 	if e.accel == "" {
 		e.accel = TCG
 	}
-	if e.log == nil {
-		e.log = slog.New(slog.DiscardHandler)
+	e.host = process.Host{Engine: e.Name(), Monitor: "QEMU", Logger: cfg.Logger}
+	if e.host.Logger == nil {
+		e.host.Logger = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Jail != nil {
 		if err = e.openJail(ctx, *cfg.Jail); err != nil {
@@ -113,15 +113,14 @@ func (e *Engine) Caps() vmm.Caps {
 		Hardware: e.accel == KVM, MaxVCPUs: 16,
 		Deterministic: e.accel == TCG, Model: vmm.Model{Machine: "pc", CPU: deterministicModel},
 	}
-	if e.jail == nil {
-		caps.JailLacks = []string{"everything: monitors run as the daemon's user"}
-		return caps
-	}
-	level := e.jail.Level()
-	caps.Jail, caps.Net, caps.JailLacks = true, level.NoLink == nil, level.Missing
-	caps.Limits = vmm.LimitSupport{Memory: level.Groups.Memory, CPU: level.Groups.CPU, PIDs: level.Groups.PIDs, IO: level.Groups.IO}
-	return caps
+	return e.host.Caps(caps)
 }
+
+// Sweep removes the control groups of machines that are no more.
+func (e *Engine) Sweep(ctx context.Context) error { return e.host.Sweep(ctx) }
+
+// Close ends the launchers that wait for machines.
+func (e *Engine) Close() error { return e.host.Close() }
 
 // Start boots a machine.
 func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) {
@@ -212,22 +211,12 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 
 // Adopt takes over a machine whose process is still the one in h.
 func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
-	boot, err := linux.BootID()
-	if err != nil {
+	m := &machine{handle: h}
+	var err error
+	if m.Process, err = e.host.Adopt(h, m.hooks()); err != nil {
 		return nil, err
 	}
-	if h.Engine != e.Name() || h.BootID != boot {
-		return nil, fmt.Errorf("%w: machine in %s", errdef.ErrNotFound, h.Dir)
-	}
-	process, err := linux.OpenProcess(h.PID, h.StartTime)
-	if err != nil {
-		return nil, fmt.Errorf("adopt machine in %s: %w", h.Dir, err)
-	}
-	release := func() {}
-	if e.jail != nil && len(h.Link) > 0 {
-		release = e.jail.Adopt()
-	}
-	return newVM(h, &adopted{p: process, release: release}, nil, e.group(h.PID, h.Group), e.log), nil
+	return m, nil
 }
 
 // cmdline is what QEMU's machine needs of a guest kernel. The machine's clocks
