@@ -48,7 +48,8 @@ var mayImport = map[string][]string{
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
-	"internal/vmm": {"internal/guestmem"},
+	"internal/vmm":                 {"internal/guestmem"},
+	"internal/vmm/firecracker/api": {"internal/errdef"},
 	"internal/vmm/process": {
 		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
 		"internal/vmm",
