@@ -30,9 +30,9 @@ func (m *Image) flatten(ctx context.Context, f *os.File) error {
 		return err
 	}
 	x := flattener{ctx: ctx, image: m, f: f, buf: make([]byte, writeSize)}
-	err := linux.Reflink(f, m.base)
-	if errors.Is(err, errdef.ErrUnsupported) {
-		err = x.copyBase()
+	err := linux.CopySparse(ctx, f, m.base)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = cutOff(err)
 	}
 	if err == nil {
 		err = x.layers()
@@ -58,52 +58,6 @@ type flattener struct {
 	image *Image
 	f     *os.File
 	buf   []byte
-}
-
-// copyStep is how much is copied between two looks at the context.
-const copyStep = 16 << 20
-
-// copyBase copies the base without its holes.
-func (x *flattener) copyBase() error {
-	if err := x.f.Truncate(x.image.size); err != nil {
-		return err
-	}
-	var copyErr error
-	err := linux.DataRanges(x.image.base, func(start, end int64) bool {
-		copyErr = x.copyRange(start, min(end, x.image.size))
-		return copyErr == nil
-	})
-	return errors.Join(err, copyErr)
-}
-
-func (x *flattener) copyRange(start, end int64) error {
-	for start < end {
-		if x.ctx.Err() != nil {
-			return context.Cause(x.ctx)
-		}
-		n, err := linux.CopyRange(x.f, x.image.base, start, min(end-start, copyStep))
-		if errors.Is(err, errdef.ErrUnsupported) {
-			n, err = x.copyByHand(start, end)
-		}
-		if err == nil && n == 0 {
-			err = cutOff(io.EOF)
-		}
-		if err != nil {
-			return err
-		}
-		start += n
-	}
-	return nil
-}
-
-// copyByHand copies a bufferful.
-func (x *flattener) copyByHand(start, end int64) (int64, error) {
-	buf := x.buf[:min(int64(len(x.buf)), end-start)]
-	if _, err := x.image.base.ReadAt(buf, start); err != nil {
-		return 0, cutOff(err)
-	}
-	n, err := x.f.WriteAt(buf, start)
-	return int64(n), err
 }
 
 // layers writes what the layers hold over what is there.

@@ -1,12 +1,15 @@
 package linux
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
 )
 
 // DataRanges calls yield with each range of bytes of f that is not a hole, in
@@ -52,4 +55,53 @@ func CopyRange(dst, src *os.File, start, size int64) (int64, error) {
 		return 0, fmt.Errorf("copy %s to %s: %w", src.Name(), dst.Name(), unsupported(err))
 	}
 	return int64(n), nil
+}
+
+// copyStep is how much is copied between two looks at the context.
+const copyStep = 16 << 20
+
+// CopySparse makes dst, which is empty, a copy of src, with src's holes. It shares
+// the blocks of src where the filesystem can, copies in the kernel where that can,
+// and by hand elsewhere. A src that is cut off meanwhile is io.ErrUnexpectedEOF.
+// It moves the offset of src.
+func CopySparse(ctx context.Context, dst, src *os.File) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := Reflink(dst, src); !errors.Is(err, errdef.ErrUnsupported) {
+		return err
+	}
+	info, err := src.Stat()
+	if err == nil {
+		err = dst.Truncate(info.Size())
+	}
+	if err != nil {
+		return err
+	}
+	var copyErr error
+	err = DataRanges(src, func(start, end int64) bool {
+		copyErr = copyRange(ctx, dst, src, start, min(end, info.Size()))
+		return copyErr == nil
+	})
+	return errors.Join(err, copyErr)
+}
+
+func copyRange(ctx context.Context, dst, src *os.File, start, end int64) error {
+	for start < end {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n, err := CopyRange(dst, src, start, min(end-start, copyStep))
+		if errors.Is(err, errdef.ErrUnsupported) {
+			n, err = io.Copy(io.NewOffsetWriter(dst, start), io.NewSectionReader(src, start, min(end-start, copyStep)))
+		}
+		if err == nil && n == 0 {
+			err = fmt.Errorf("copy %s to %s: %w", src.Name(), dst.Name(), io.ErrUnexpectedEOF)
+		}
+		if err != nil {
+			return err
+		}
+		start += n
+	}
+	return nil
 }

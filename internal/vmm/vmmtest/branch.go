@@ -25,7 +25,7 @@ type branch struct {
 	base   string   // the image under layers
 	layers []string // oldest first; the last is the branch's own
 	disk   []string // the files of the disk, if there is one
-	sum    uint32   // of memory, at the instant of the branch
+	sums   []uint32 // of the pages of memory, at the instant of the branch
 }
 
 // branch takes one of vm, which maps origin, relative to base and layers.
@@ -47,7 +47,7 @@ func (h *harness) branch(t *testing.T, vm vmm.VM, origin, base string, layers ..
 	try(t, vm.SaveDevice(ctx, b.device))
 	space, err := vm.Memory()
 	try(t, err)
-	b.sum = sum(t, space, origin)
+	b.sums = sums(t, space, origin)
 	frozen, err := space.Copy(ctx)
 	try(t, err)
 	try(t, vm.Resume(ctx))
@@ -109,16 +109,22 @@ func (h *harness) branchIsOfOneInstant(t *testing.T) {
 	}
 }
 
-// has checks that a machine of b has b's memory, byte for byte, and want in
-// its file.
+// has checks that a machine of b has b's memory, byte for byte but for what the
+// monitor tells each guest, and want in its file.
 func (h *harness) has(t *testing.T, spec vmm.RestoreSpec, b branch, want string) {
 	t.Helper()
 	spec.Paused = true
 	vm := h.restore(t, spec)
 	space, err := vm.Memory()
 	try(t, err)
-	if got := sum(t, space, spec.Memory); got != b.sum {
-		t.Errorf("%s: memory differs from the source's at the branch", want)
+	differ := 0
+	for page, got := range sums(t, space, spec.Memory) {
+		if got != b.sums[page] {
+			differ++
+		}
+	}
+	if differ > h.Stamps {
+		t.Errorf("%s: %d pages of memory differ from the source's at the branch, %d may", want, differ, h.Stamps)
 	}
 	try(t, vm.Resume(within(t, time.Minute)))
 	if got := read(t, identified(t, vm)); got != want {
@@ -276,20 +282,21 @@ func (h *harness) restoreRefusesDevice(t *testing.T) {
 	}
 }
 
-// sum is of the whole memory in space, as large as the file at path.
-func sum(t *testing.T, space guestmem.Space, path string) uint32 {
+// sums are of the pages of the memory in space, as large as the file at path.
+func sums(t *testing.T, space guestmem.Space, path string) (all []uint32) {
 	t.Helper()
 	info, err := os.Stat(path)
 	try(t, err)
 	table, buf := crc32.MakeTable(crc32.Castagnoli), make([]byte, 1<<20)
-	var sum uint32
 	for off := int64(0); off < info.Size(); off += int64(len(buf)) {
 		if _, err := space.ReadAt(buf, off); err != nil {
 			t.Fatal(err)
 		}
-		sum = crc32.Update(sum, table, buf)
+		for page := range slices.Chunk(buf, guestmem.PageSize) {
+			all = append(all, crc32.Checksum(page, table))
+		}
 	}
-	return sum
+	return all
 }
 
 func image(t *testing.T, base string, layers ...string) *guestmem.Image {

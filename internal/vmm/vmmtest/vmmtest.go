@@ -26,6 +26,9 @@ type Setup struct {
 	Engine vmm.Engine
 	Boot   vmm.Boot
 	Root   string
+	// Stamps is how many pages of memory the monitor writes to before a restored
+	// machine runs, such as that of a generation id (VMGenID).
+	Stamps int
 	// FormatDisk makes the file of an empty scratch disk; only for RunDisk.
 	FormatDisk func(ctx context.Context, path string, size int64) error
 }
