@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"strconv"
@@ -121,7 +122,10 @@ const launcherEnv = "TINE_LAUNCHER"
 
 // setUp tells the launcher what to prepare, and waits for it.
 func (c *Cell) setUp(ctx context.Context, link bool) error {
-	s := setup{Link: link}
+	s := setup{Link: link, Own: c.jail.cfg.OwnFiles}
+	if c.uid != nil && !c.jail.level.UserNamespace {
+		s.User = c.uid.id
+	}
 	var fds []int
 	if c.group != nil {
 		entrances, err := c.group.Entrances()
@@ -145,12 +149,18 @@ func (c *Cell) setUp(ctx context.Context, link bool) error {
 		s.Tree = c.jail.tree
 	}
 	if link && c.jail.level.OwnUser {
-		tun, err := openTun(c.cmd.Process.Pid)
-		if err != nil {
-			return err
+		s.Tuns = 1
+		if s.Own { // one makes the tap, and is gone; the program takes it by the other
+			s.Tuns = 2
 		}
-		defer func() { _ = tun.Close() }() // the launcher has its own
-		fds, s.Tun = append(fds, int(tun.Fd())), true
+		for range s.Tuns {
+			tun, err := openTun(c.cmd.Process.Pid)
+			if err != nil {
+				return err
+			}
+			defer func() { _ = tun.Close() }() // the launcher has its own
+			fds = append(fds, int(tun.Fd()))
+		}
 	}
 	if err := sendMessage(int(c.socket.Fd()), s, fds...); err != nil {
 		return err
@@ -211,6 +221,10 @@ func (c *Cell) waits() bool {
 // machine's network card is at, and then what network.Open takes. They are the
 // cell's, and closed when a program has started: whoever wants to keep the
 // network gives the program copies.
+//
+// A program with files of its own opens /dev/net/tun, and takes the tap
+// network.TapName by it: what it is given for that is the first of these, and
+// needs no place in Job.Opens.
 func (c *Cell) Link() []*os.File { return c.link }
 
 // Close sends the launcher away.
@@ -253,8 +267,15 @@ type Job struct {
 	// Opens are files that the program opens by these names, for reading, or for
 	// reading and writing, until Process.Started. They are the caller's, and must
 	// stay open until then. What the program can do with one is what it was
-	// opened for here.
+	// opened for here. A device is handed over as it is; any other file is opened
+	// again each time. With Config.OwnFiles a name may also be one that the program
+	// opens to write and, if it is not there, to make (but not to cut off).
 	Opens map[string]*os.File
+	// Before are called when the program first opens one of Opens. It stands still
+	// until they return, and so does any other of its threads that opens a file. An
+	// error fails that opening and all later ones, and is what Process.Started
+	// returns. The context ends when Started is called.
+	Before map[string]func(context.Context) error
 	// Limits are those of its control group; zero fields are no limits.
 	Limits cgroup.Limits
 	// FileBytes is how long the program may make any file.
@@ -280,7 +301,7 @@ func (c *Cell) Start(ctx context.Context, job Job) (_ *Process, err error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, prepareTime, fmt.Errorf("%w: program has not started after %s", errdef.ErrTimeout, prepareTime))
 	defer cancel()
-	o, err := c.execute(ctx, job.Opens)
+	o, err := c.execute(ctx, job)
 	if err != nil {
 		return nil, c.failed(err)
 	}
@@ -302,15 +323,12 @@ func (c *Cell) send(spec Job) error {
 		Path: program, Args: append([]string{program}, spec.Args...), Env: spec.Env,
 		Files: len(all), FileBytes: uint64(spec.FileBytes), DieWithParent: spec.DieWithParent, Landlock: c.jail.level.Landlock,
 	}
-	if c.uid != nil && !c.jail.level.UserNamespace {
-		j.UID = c.uid.id
-	}
 	return sendMessage(int(c.socket.Fd()), j, fds...)
 }
 
 // execute waits until the launcher is the program, and opens files for it from
 // then on.
-func (c *Cell) execute(ctx context.Context, opens map[string]*os.File) (_ *opener, err error) {
+func (c *Cell) execute(ctx context.Context, job Job) (_ *opener, err error) {
 	_, fds, err := c.hear(ctx)
 	if err != nil {
 		return nil, err
@@ -319,7 +337,12 @@ func (c *Cell) execute(ctx context.Context, opens map[string]*os.File) (_ *opene
 		closeAll(fds)
 		return nil, fmt.Errorf("%w: launcher sent %d files", errdef.ErrInvalid, len(fds))
 	}
-	o, err := newOpener(os.NewFile(uintptr(fds[0]), "seccomp"), opens)
+	opens := map[string]*os.File{}
+	maps.Copy(opens, job.Opens)
+	if c.jail.cfg.OwnFiles && len(c.link) > 0 {
+		opens[tunDevice] = c.link[0]
+	}
+	o, err := newOpener(ctx, os.NewFile(uintptr(fds[0]), "seccomp"), c.cmd.Process.Pid, opens, job.Before)
 	if err != nil {
 		return nil, err
 	}

@@ -80,6 +80,11 @@ func (p *program) when(compare uint16, k uint32, body func()) {
 	(*p)[jump].Jf = uint8(len(*p) - jump - 1)
 }
 
+// without clears bits of what was loaded.
+func (p *program) without(bits uint32) {
+	*p = append(*p, unix.SockFilter{Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: ^bits})
+}
+
 // call does body for one system call. What was loaded is its number again after it.
 func (p *program) call(number uint32, body func()) {
 	p.when(unix.BPF_JEQ, number, func() {
@@ -90,15 +95,21 @@ func (p *program) call(number uint32, body func()) {
 
 // filter is the whole program. The opening of a file in the plain ways that
 // monitors open what they are named on their command line is asked about: see
-// opener. So is the execution of programs, of which there is one.
-func filter() program {
+// opener. So is the execution of programs, of which there is one. With own it is
+// the filter of a program that makes files and sockets of its own.
+func filter(own bool) program {
 	var p program
 	p.load(offArch)
 	p.when(unix.BPF_JEQ, unix.AUDIT_ARCH_X86_64, func() {
 		p.load(offNumber)
 		p.when(unix.BPF_JGE, x32, func() { p.end(absent) })
-		p.call(unix.SYS_OPENAT, func() { p.opening(2) })
-		p.call(unix.SYS_OPEN, func() { p.opening(1) })
+		opening := p.opening
+		if own {
+			opening = p.openingOwn
+			p.ownSockets()
+		}
+		p.call(unix.SYS_OPENAT, func() { opening(2) })
+		p.call(unix.SYS_OPEN, func() { opening(1) })
 		p.call(unix.SYS_CLONE, func() {
 			p.load(offArgs)
 			p.when(unix.BPF_JSET, namespaces, func() { p.end(deny) })
@@ -127,10 +138,43 @@ func (p *program) opening(flags uint32) {
 	p.when(unix.BPF_JEQ, unix.O_RDWR|unix.O_CLOEXEC, func() { p.end(ask) })
 }
 
+// largeFile is O_LARGEFILE, which C libraries may set where it says nothing. It
+// is 0 in package unix.
+const largeFile = 0x8000
+
+// openingOwn asks about files as opening does, whatever library the program opens
+// them with, and about a file that it is to write and does not cut off first: one
+// that is handed to it to be filled. What is written anew goes by unasked, at any
+// time: only RunDir has room for it.
+func (p *program) openingOwn(flags uint32) {
+	p.load(offArgs + 8*flags)
+	p.without(unix.O_CLOEXEC | unix.O_NONBLOCK | largeFile)
+	for _, asked := range []uint32{unix.O_RDONLY, unix.O_RDWR, unix.O_WRONLY | unix.O_CREAT} {
+		p.when(unix.BPF_JEQ, asked, func() { p.end(ask) })
+	}
+}
+
+// ownSockets lets the program make stream sockets of this host, and bind them. A
+// path leads it to RunDir, and a name without a path ends in its own network
+// namespace. It is asked about when it would listen, and connects to nobody.
+func (p *program) ownSockets() {
+	p.call(unix.SYS_SOCKET, func() {
+		p.load(offArgs)
+		p.when(unix.BPF_JEQ, unix.AF_UNIX, func() {
+			p.load(offArgs + 8)
+			p.without(unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK)
+			p.when(unix.BPF_JEQ, unix.SOCK_STREAM, func() { p.end(allow) })
+		})
+		p.end(deny)
+	})
+	p.call(unix.SYS_BIND, func() {})
+	p.call(unix.SYS_LISTEN, func() { p.end(ask) })
+}
+
 // installFilter puts this thread, and the program that it becomes, under the
 // filter, and returns the descriptor that its questions come by.
-func installFilter() (listener int, err error) {
-	p := filter()
+func installFilter(own bool) (listener int, err error) {
+	p := filter(own)
 	fprog := unix.SockFprog{Len: uint16(len(p)), Filter: &p[0]}
 	fd, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, uintptr(unsafe.Pointer(&fprog)))
 	if errno != 0 {

@@ -109,7 +109,7 @@ func TestFilter(t *testing.T) {
 		{"openat-library", call{x86, unix.SYS_OPENAT, []uint64{0, 1, unix.O_RDONLY | unix.O_CLOEXEC}}, allow},
 		{"openat-write", call{x86, unix.SYS_OPENAT, []uint64{0, 1, unix.O_WRONLY}}, allow},
 	}
-	p := filter()
+	p := filter(false)
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -126,7 +126,7 @@ func TestFilter(t *testing.T) {
 // would make another filter.
 func TestFilterKnowsEveryCall(t *testing.T) {
 	t.Parallel()
-	p := filter()
+	p := filter(false)
 	special := []uint32{unix.SYS_OPEN, unix.SYS_OPENAT, unix.SYS_CLONE, unix.SYS_CLONE3, unix.SYS_EXECVE, unix.SYS_EXECVEAT}
 	for number := range uint32(1024) {
 		got, err := interpret(p, unix.AUDIT_ARCH_X86_64, number, 0, 0, 0, 0, 0, 0)

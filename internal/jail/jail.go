@@ -42,6 +42,10 @@ type Config struct {
 	// found.
 	Program string
 	Others  []string
+	// OwnFiles is for a program that makes files and sockets by itself: it has a
+	// directory of its own for them, RunDir (see Dir), and a filter that lets it
+	// listen there. It asks for more of the files that it opens: see Job.Opens.
+	OwnFiles bool
 	// Groups limits what programs take; nil: nothing does, for the reason NoGroups.
 	Groups   *cgroup.Hierarchy
 	NoGroups error
@@ -106,7 +110,7 @@ func Open(ctx context.Context, cfg Config) (*Jail, error) {
 	if j.maker, err = makerName(); err != nil {
 		return nil, err
 	}
-	if j.tree, err = makeTree(ctx, cfg.Dir, cfg.Program, cfg.Others); err != nil {
+	if j.tree, err = makeTree(ctx, cfg.Dir, cfg.Program, cfg.Others, cfg.mountPoints()...); err != nil {
 		return nil, fmt.Errorf("make root of jail: %w", err)
 	}
 	if err = j.probe(ctx); err != nil {

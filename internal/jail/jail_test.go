@@ -179,6 +179,8 @@ func hostile(role string) {
 	case "try":
 		tryAll(got)
 	case "idle":
+	default:
+		ownRole(role, got)
 	case "threads":
 		say(got)
 		for { // until there are no more threads
@@ -380,10 +382,10 @@ func connectAbstract(name string) error {
 // modes runs a test in a jail with user namespaces and, as root, in one without.
 // That there are none where the kernel has them would be a jail that is less than
 // it says.
-func modes(t *testing.T, test func(t *testing.T, j *Jail)) {
+func modes(t *testing.T, test func(t *testing.T, j *Jail), change ...func(*Config)) {
 	t.Run("user-namespace", func(t *testing.T) {
 		t.Parallel()
-		j := openJail(t)
+		j := openJail(t, change...)
 		if canUserNamespace() && !j.level.UserNamespace {
 			t.Fatalf("no user namespace: %v", j.level.Missing)
 		}
@@ -397,7 +399,7 @@ func modes(t *testing.T, test func(t *testing.T, j *Jail)) {
 		if os.Geteuid() != 0 {
 			t.Skip("NOT TESTED: not root")
 		}
-		j := openJail(t)
+		j := openJail(t, change...)
 		j.level.UserNamespace = false
 		test(t, j)
 	})

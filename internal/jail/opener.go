@@ -2,8 +2,10 @@ package jail
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strconv"
 	"sync/atomic"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/linux"
+	"github.com/tinevm/tine/internal/undo"
 )
 
 // question is struct seccomp_notif, reply struct seccomp_notif_resp, and gift
@@ -53,26 +56,39 @@ type gift struct {
 // been asked fails.
 type opener struct {
 	listener *os.File
-	files    map[string]*os.File // the caller's, who keeps them open until close
-	wake     *os.File            // its other end closes to end the opener
+	process  int                                    // a pidfd of the program
+	files    map[string]*os.File                    // the caller's, who keeps them open until close
+	before   map[string]func(context.Context) error // yet to be called
+	ctx      context.Context                        // for those; ends with close
+	cancel   context.CancelFunc
+	wake     *os.File // its other end closes to end the opener
 	stop     *os.File
 	done     chan struct{}
 	executed atomic.Bool // the program runs; before that the launcher may be interrupted, and try again
 	err      error       // why it ended early; set before done is closed
+	sockets  listening
 }
 
-func newOpener(listener *os.File, files map[string]*os.File) (*opener, error) {
-	wake, stop, err := os.Pipe()
-	if err != nil {
-		return nil, errors.Join(err, listener.Close())
+func newOpener(ctx context.Context, listener *os.File, pid int, files map[string]*os.File, before map[string]func(context.Context) error) (_ *opener, err error) {
+	var u undo.Stack
+	defer func() { err = u.Run(err) }()
+	u.Add(listener.Close)
+	o := &opener{listener: listener, files: files, before: maps.Clone(before), done: make(chan struct{})}
+	if o.process, err = unix.PidfdOpen(pid, 0); err != nil {
+		return nil, fmt.Errorf("open process %d: %w", pid, err)
 	}
-	o := &opener{listener: listener, files: files, wake: wake, stop: stop, done: make(chan struct{})}
+	u.Add(func() error { return unix.Close(o.process) })
+	if o.wake, o.stop, err = os.Pipe(); err != nil {
+		return nil, err
+	}
+	o.ctx, o.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go o.serve()
 	return o, nil
 }
 
 // close ends the opener, and with it the filter's questions.
 func (o *opener) close() error {
+	o.cancel()
 	err := o.stop.Close()
 	<-o.done
 	return errors.Join(err, o.err)
@@ -80,7 +96,7 @@ func (o *opener) close() error {
 
 func (o *opener) serve() {
 	defer close(o.done)
-	defer func() { _ = errors.Join(o.listener.Close(), o.wake.Close()) }() // nothing was written to them
+	defer func() { _ = errors.Join(o.listener.Close(), o.wake.Close(), unix.Close(o.process)) }() // nothing was written to them
 	for {
 		more, err := o.wait()
 		if err == nil && more {
@@ -122,6 +138,8 @@ func (o *opener) answerOne() error {
 		err = o.open(&q, q.args[0], &r)
 	case unix.SYS_OPENAT:
 		err = o.open(&q, q.args[1], &r)
+	case unix.SYS_LISTEN:
+		r.flags, r.errno = 0, -int32(o.listen(int(int32(q.args[0])), int(int32(q.args[1]))))
 	}
 	if err != nil {
 		r.flags, r.value, r.errno = 0, 0, -int32(unix.EIO)
@@ -145,12 +163,18 @@ func (o *opener) open(q *question, addr uint64, r *reply) error {
 	if f == nil {
 		return nil
 	}
+	if before := o.before[path]; before != nil {
+		delete(o.before, path)
+		if err = before(o.ctx); err != nil {
+			return fmt.Errorf("before %s is opened: %w", path, err)
+		}
+	}
 	again, err := reopen(f)
 	if err != nil {
 		return fmt.Errorf("open %s again: %w", path, err)
 	}
-	defer func() { _ = again.Close() }() // the program has its own
-	g := gift{id: q.id, source: uint32(again.Fd()), newFlags: unix.O_CLOEXEC}
+	defer func() { _ = unix.Close(again) }() // the program has its own
+	g := gift{id: q.id, source: uint32(again), newFlags: unix.O_CLOEXEC}
 	fd, err := o.ioctlResult(unix.SECCOMP_IOCTL_NOTIF_ADDFD, unsafe.Pointer(&g))
 	if errors.Is(err, unix.ENOENT) {
 		return nil // whoever asked is gone, or asks again after a signal
@@ -163,13 +187,21 @@ func (o *opener) open(q *question, addr uint64, r *reply) error {
 }
 
 // reopen opens a file again as it is open, at its beginning: a program may open a
-// file several times, and expects a position of its own in each.
-func reopen(f *os.File) (*os.File, error) {
+// file several times, and expects a position of its own in each. A device it gets
+// as it is: opened again, it would be one of this process's namespaces.
+func reopen(f *os.File) (fd int, err error) {
+	var st unix.Stat_t
+	if err = unix.Fstat(int(f.Fd()), &st); err != nil {
+		return -1, err
+	}
+	if st.Mode&unix.S_IFMT == unix.S_IFCHR {
+		return unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	}
 	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
 	if err != nil {
-		return nil, err
+		return -1, err
 	}
-	return os.OpenFile("/proc/self/fd/"+strconv.Itoa(int(f.Fd())), flags&unix.O_ACCMODE, 0)
+	return unix.Open("/proc/self/fd/"+strconv.Itoa(int(f.Fd())), flags&unix.O_ACCMODE|unix.O_CLOEXEC, 0)
 }
 
 // readString reads a path of at most PATH_MAX bytes, page by page, as what is

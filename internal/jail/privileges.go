@@ -134,8 +134,9 @@ func landlockRights(version int) unix.LandlockRulesetAttr {
 
 // restrictFiles lets this thread, and the program that it becomes, read the tree
 // that it sees, execute it, and do nothing else to any file that it was not
-// given (landlock(7)).
-func restrictFiles(version int) error {
+// given (landlock(7)); but with own it may make files and sockets in RunDir, and
+// write them.
+func restrictFiles(version int, own bool) error {
 	if version < 1 {
 		return nil
 	}
@@ -145,20 +146,33 @@ func restrictFiles(version int) error {
 		return fmt.Errorf("make ruleset: %w", errno)
 	}
 	defer func() { _ = unix.Close(int(ruleset)) }()
-	root, err := unix.Open("/", unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err != nil {
+	const look = unix.LANDLOCK_ACCESS_FS_EXECUTE | unix.LANDLOCK_ACCESS_FS_READ_FILE | unix.LANDLOCK_ACCESS_FS_READ_DIR
+	if err := allowBelow(ruleset, "/", look); err != nil {
 		return err
 	}
-	defer func() { _ = unix.Close(root) }()
-	rule := unix.LandlockPathBeneathAttr{
-		Allowed_access: unix.LANDLOCK_ACCESS_FS_EXECUTE | unix.LANDLOCK_ACCESS_FS_READ_FILE | unix.LANDLOCK_ACCESS_FS_READ_DIR,
-		Parent_fd:      int32(root),
-	}
-	if _, _, errno = unix.RawSyscall6(unix.SYS_LANDLOCK_ADD_RULE, ruleset, unix.LANDLOCK_RULE_PATH_BENEATH, uintptr(unsafe.Pointer(&rule)), 0, 0, 0); errno != 0 {
-		return fmt.Errorf("add rule: %w", errno)
+	if own {
+		const write = unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_TRUNCATE |
+			unix.LANDLOCK_ACCESS_FS_MAKE_REG | unix.LANDLOCK_ACCESS_FS_MAKE_SOCK
+		if err := allowBelow(ruleset, RunDir, write&attr.Handled_access_fs); err != nil {
+			return err
+		}
 	}
 	if _, _, errno = unix.RawSyscall(unix.SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0, 0); errno != 0 {
 		return fmt.Errorf("restrict: %w", errno)
+	}
+	return nil
+}
+
+// allowBelow adds to a ruleset what may be done in a directory and below it.
+func allowBelow(ruleset uintptr, dir string, rights uint64) error {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	rule := unix.LandlockPathBeneathAttr{Allowed_access: rights, Parent_fd: int32(fd)}
+	if _, _, errno := unix.RawSyscall6(unix.SYS_LANDLOCK_ADD_RULE, ruleset, unix.LANDLOCK_RULE_PATH_BENEATH, uintptr(unsafe.Pointer(&rule)), 0, 0, 0); errno != 0 {
+		return fmt.Errorf("add rule for %s: %w", dir, errno)
 	}
 	return nil
 }

@@ -3,11 +3,14 @@ package jail
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"os/exec"
 	"time"
 
 	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/linux"
 )
 
 // Process is a program in its jail. Its methods are safe for concurrent use, but
@@ -21,6 +24,7 @@ type Process struct {
 	linked bool
 	cmd    *exec.Cmd
 	opener *opener
+	tun    *os.File // that the opener may yet hand over, or nil
 }
 
 func (c *Cell) process(o *opener) *Process {
@@ -29,7 +33,11 @@ func (c *Cell) process(o *opener) *Process {
 	if c.uid != nil {
 		_ = c.uid.Close() // the program has the lock now
 	}
-	closeFiles(c.link)
+	rest := c.link
+	if c.jail.cfg.OwnFiles && len(rest) > 0 {
+		p.tun, rest = rest[0], rest[1:]
+	}
+	closeFiles(rest)
 	return p
 }
 
@@ -43,7 +51,30 @@ func (p *Process) Started() error {
 	}
 	o := p.opener
 	p.opener = nil
-	return o.close()
+	err := o.close()
+	if p.tun != nil {
+		err = errors.Join(err, p.tun.Close())
+	}
+	return err
+}
+
+// Listens waits until a program with files of its own listens on its socket of
+// that name in RunDir. It returns errdef.ErrUnavailable when the program has ended
+// or Started was called, and then nobody will.
+func (p *Process) Listens(ctx context.Context, name string) error {
+	if p.opener == nil {
+		return fmt.Errorf("%w: the program has started", errdef.ErrUnavailable)
+	}
+	return p.opener.listens(ctx, name)
+}
+
+// OpenDir opens the directory of a program with files of its own.
+func (p *Process) OpenDir() (*Dir, error) {
+	start, err := linux.StartTime(p.PID())
+	if err != nil {
+		return nil, err
+	}
+	return OpenDir(p.PID(), start)
 }
 
 // Wait waits for the program's end. Only one goroutine calls it.

@@ -39,7 +39,7 @@ func Serve() error {
 	if fds, err = receiveMessage(socketFD, &j); err != nil {
 		return err
 	}
-	err = become(j, fds)
+	err = become(s, j, fds)
 	return errors.Join(err, sendMessage(socketFD, failure(err)))
 }
 
@@ -64,6 +64,9 @@ func prepare(s setup, fds []int) (made []int, err error) {
 	if err = enterTree(s.Tree, fds); err == nil {
 		err = dropBounds()
 	}
+	if err == nil && s.Own {
+		err = mountRun(s.User)
+	}
 	if err != nil {
 		closeAll(made)
 		return nil, fmt.Errorf("enter root: %w", err)
@@ -72,13 +75,20 @@ func prepare(s setup, fds []int) (made []int, err error) {
 }
 
 func setUpNetwork(s setup, fds []int) ([]int, error) {
-	if !s.Tun {
+	if s.Tuns < 0 || s.Tuns > len(fds) {
+		return nil, fmt.Errorf("%w: %d tap devices, and %d files came along", errdef.ErrInvalid, s.Tuns, len(fds))
+	}
+	tuns := fds[len(fds)-s.Tuns:]
+	switch {
+	case s.Own && s.Tuns == 2:
+		return network.SetupNamed(tuns[0], tuns[1], s.User)
+	case s.Own:
+		return network.SetupNamed(-1, -1, s.User)
+	case s.Tuns == 1:
+		return network.Setup(tuns[0])
+	default:
 		return network.Setup(-1)
 	}
-	if len(fds) == 0 {
-		return nil, fmt.Errorf("%w: no tap device came along", errdef.ErrInvalid)
-	}
-	return network.Setup(fds[len(fds)-1])
 }
 
 // enterGroups enters the control groups that the first n descriptors are the doors
@@ -108,7 +118,7 @@ func growTable() error {
 
 // become leaves all behind that the program must not have, and is the program.
 // It returns only when that failed.
-func become(j job, fds []int) error {
+func become(s setup, j job, fds []int) error {
 	if len(fds) != j.Files || j.Files < 1 {
 		return fmt.Errorf("%w: job of %d files came with %d", errdef.ErrInvalid, j.Files, len(fds))
 	}
@@ -121,7 +131,7 @@ func become(j job, fds []int) error {
 	// Children of the program, which is the first process of its namespace, are
 	// the twins of live branches: nobody has to wait for them.
 	signal.Ignore(unix.SIGCHLD)
-	if err := dropPrivileges(j.UID); err != nil {
+	if err := dropPrivileges(s.User); err != nil {
 		return fmt.Errorf("drop privileges: %w", err)
 	}
 	if j.DieWithParent {
@@ -130,10 +140,10 @@ func become(j job, fds []int) error {
 			return fmt.Errorf("die with parent: %w", err)
 		}
 	}
-	if err := restrictFiles(j.Landlock); err != nil {
+	if err := restrictFiles(j.Landlock, s.Own); err != nil {
 		return fmt.Errorf("restrict by Landlock: %w", err)
 	}
-	listener, err := installFilter()
+	listener, err := installFilter(s.Own)
 	if err != nil {
 		return fmt.Errorf("install system call filter: %w", err)
 	}

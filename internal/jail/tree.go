@@ -30,13 +30,21 @@ const loaderCache = "/etc/ld.so.cache"
 // makeTree makes a directory below dir that has the program, the libraries that
 // it is linked with and the other files, at their own paths, and nothing else.
 // It is made of copies, so that a launcher puts one mount in place and not one
-// for each file. A tree that is there already is used again.
-func makeTree(ctx context.Context, dir, program string, others []string) (string, error) {
+// for each file. It also has empty directories for mounts, which lie in its root.
+// A tree that is there already is used again.
+func makeTree(ctx context.Context, dir, program string, others []string, mounts ...string) (string, error) {
 	files, err := closure(ctx, program, others)
 	if err != nil {
 		return "", fmt.Errorf("find what %s needs: %w", program, err)
 	}
-	name, err := treeName(files)
+	for _, mount := range mounts {
+		for _, file := range files {
+			if strings.HasPrefix(file, mount+"/") {
+				return "", fmt.Errorf("%w: %s would not be seen: it lies in %s", errdef.ErrUnsupported, file, mount)
+			}
+		}
+	}
+	name, err := treeName(files, mounts)
 	if err != nil {
 		return "", err
 	}
@@ -55,6 +63,11 @@ func makeTree(ctx context.Context, dir, program string, others []string) (string
 	for _, file := range files {
 		if err = copyInto(stage, file); err != nil {
 			return "", fmt.Errorf("copy %s: %w", file, err)
+		}
+	}
+	for _, mount := range mounts {
+		if err = os.Mkdir(filepath.Join(stage, mount), 0o700); err != nil {
+			return "", err
 		}
 	}
 	if err = openToAll(stage); err != nil {
@@ -92,7 +105,7 @@ func closure(ctx context.Context, program string, others []string) ([]string, er
 }
 
 // treeName tells a tree from those of other files, or of other versions of them.
-func treeName(files []string) (string, error) {
+func treeName(files, mounts []string) (string, error) {
 	h := sha256.New()
 	_, _ = fmt.Fprintln(h, treeVersion) // a hash takes all
 	for _, file := range files {
@@ -101,6 +114,9 @@ func treeName(files []string) (string, error) {
 			return "", err
 		}
 		_, _ = fmt.Fprintln(h, file, info.Size(), info.ModTime().UnixNano())
+	}
+	for _, mount := range mounts {
+		_, _ = fmt.Fprintln(h, "mount", mount)
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16], nil
 }

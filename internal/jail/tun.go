@@ -12,6 +12,8 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 )
 
+const tunDevice = "/dev/net/tun"
+
 // openTun opens the device that taps are made by in the network namespace of the
 // process pid. What is made by it is there. Only root can do so, and has to: on
 // many hosts no other user may open the device, and a launcher is one.
@@ -52,7 +54,7 @@ func openTunThere(pid int) (file *os.File, back bool, err error) {
 	if err = unix.Setns(int(there.Fd()), unix.CLONE_NEWNET); err != nil {
 		return nil, true, os.NewSyscallError("setns", err)
 	}
-	file, err = os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	file, err = os.OpenFile(tunDevice, os.O_RDWR, 0)
 	if err != nil {
 		err = errdef.WithHint(fmt.Errorf("%w: %w", errdef.ErrUnsupported, err), "modprobe tun")
 	}

@@ -30,10 +30,16 @@ type setup struct {
 	// Entrances: how many of the descriptors that come along, the first ones, are
 	// control groups to enter.
 	Entrances int `json:"entrances,omitempty"`
-	// Link asks for a network that leads to the daemon and nowhere else. With Tun
-	// the device to make its tap by comes along, last.
+	// Link asks for a network that leads to the daemon and nowhere else. Tuns: how
+	// many of the descriptors that come along, the last ones, are the device to make
+	// its tap by; none: the launcher opens it itself.
 	Link bool `json:"link,omitempty"`
-	Tun  bool `json:"tun,omitempty"`
+	Tuns int  `json:"tuns,omitempty"`
+	// Own asks for a directory in which the program makes files and sockets.
+	Own bool `json:"own,omitempty"`
+	// User is who the program will be, as the launcher has its numbers: 0 is the
+	// launcher's own user, in a user namespace.
+	User int `json:"user,omitempty"`
 }
 
 // job is the program to become.
@@ -43,8 +49,7 @@ type job struct {
 	Env  []string `json:"env"`
 	// Files: how many descriptors come along, output first.
 	Files         int    `json:"files"`
-	UID           int    `json:"uid,omitempty"` // to become, where there is no user namespace
-	FileBytes     uint64 `json:"file_bytes"`    // of a file, at most
+	FileBytes     uint64 `json:"file_bytes"` // of a file, at most
 	DieWithParent bool   `json:"die_with_parent,omitempty"`
 	Landlock      int    `json:"landlock"` // the kernel's version of it; 0: none
 }

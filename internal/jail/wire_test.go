@@ -33,7 +33,7 @@ func countFiles(t testing.TB) int {
 func TestMessages(t *testing.T) {
 	t.Parallel()
 	a, b := sockets(t)
-	sent := job{Path: "/p", Args: []string{"p", "ä \x00"}, Env: []string{"A=b"}, Files: 2, UID: 7, FileBytes: 1 << 63, DieWithParent: true, Landlock: 6}
+	sent := job{Path: "/p", Args: []string{"p", "ä \x00"}, Env: []string{"A=b"}, Files: 2, FileBytes: 1 << 63, DieWithParent: true, Landlock: 6}
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		t.Fatal(err)
@@ -119,7 +119,7 @@ func FuzzReceive(f *testing.F) {
 			t.Errorf("%d files of %d, error %v", len(got), len(fds), err)
 		}
 		if j, ok := v.(*job); ok && err == nil && len(got) != j.Files {
-			if err := become(*j, got); !errors.Is(err, errdef.ErrInvalid) {
+			if err := become(setup{}, *j, got); !errors.Is(err, errdef.ErrInvalid) {
 				t.Errorf("job of %d files with %d: %v", j.Files, len(got), err)
 			}
 		}

@@ -389,7 +389,7 @@ func newStack(t *testing.T) *stack {
 // configureGuest does what the agent does in a guest.
 func configureGuest() error {
 	n := vmm.GuestNet()
-	link, err := netlink.LinkByName(tapName)
+	link, err := netlink.LinkByName(TapName)
 	if err != nil {
 		return err
 	}

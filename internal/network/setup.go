@@ -28,8 +28,10 @@ import (
 	"github.com/tinevm/tine/internal/vmm"
 )
 
+// TapName is the name of the tap, for programs that take it by its name.
+const TapName = "tap0"
+
 const (
-	tapName = "tap0"
 	// relayPort is where the two sockets listen. Nobody has to know it.
 	relayPort = 1
 	// table is the routing table by which every address is this namespace's own.
@@ -58,6 +60,40 @@ func Setup(tun int) (fds []int, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("make tap: %w", err)
 	}
+	return setUp(tap)
+}
+
+// SetupNamed does what Setup does, for a program that opens /dev/net/tun by itself
+// and takes the tap by its name, TapName, with the flags IFF_TAP, IFF_NO_PI and
+// IFF_VNET_HDR. The first descriptor that it returns is what the program is to be
+// given for that device. The tap is for user, as this namespace has its number, and
+// nobody has it yet; it stays when the program lets go of it. maker and taker are
+// that device, opened twice, or -1; the tap is free to be taken when every copy of
+// maker is closed.
+func SetupNamed(maker, taker, user int) (_ []int, err error) {
+	tap, err := openTap(maker)
+	if err != nil {
+		return nil, fmt.Errorf("make tap: %w", err)
+	}
+	defer func() { err = errors.Join(err, unix.Close(tap)) }()
+	for _, step := range []struct {
+		name  string
+		call  uint
+		value int
+	}{{"TUNSETOWNER", unix.TUNSETOWNER, user}, {"TUNSETPERSIST", unix.TUNSETPERSIST, 1}} {
+		if err = unix.IoctlSetInt(tap, step.call, step.value); err != nil {
+			return nil, fmt.Errorf("make tap: %w: %s: %w", errdef.ErrUnsupported, step.name, err)
+		}
+	}
+	free, err := openTun(taker)
+	if err != nil {
+		return nil, fmt.Errorf("open tap device: %w", err)
+	}
+	return setUp(free)
+}
+
+// setUp does all but the tap, whose descriptor it owns.
+func setUp(tap int) (fds []int, err error) {
 	fds = append(fds, tap)
 	defer func() {
 		if err != nil {
@@ -86,18 +122,10 @@ func Setup(tun int) (fds []int, err error) {
 // openTap makes the tap. Packets on it have a header of virtio's, as all cards
 // of machines have agreed on with their guests.
 func openTap(tun int) (fd int, err error) {
-	if tun >= 0 {
-		fd, err = unix.FcntlInt(uintptr(tun), unix.F_DUPFD_CLOEXEC, 0)
-	} else if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
-		err = errdef.WithHint(fmt.Errorf("%w: open /dev/net/tun: %w", errdef.ErrUnsupported, err), "modprobe tun")
-	}
-	if err != nil {
+	if fd, err = openTun(tun); err != nil {
 		return -1, err
 	}
-	if err = unix.SetNonblock(fd, true); err != nil {
-		return -1, errors.Join(err, unix.Close(fd))
-	}
-	req, err := unix.NewIfreq(tapName)
+	req, err := unix.NewIfreq(TapName)
 	if err == nil {
 		req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 		if err = unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
@@ -110,13 +138,30 @@ func openTap(tun int) (fd int, err error) {
 	return fd, nil
 }
 
+// openTun opens the device that taps are made and taken by, or copies a descriptor
+// of it.
+func openTun(tun int) (fd int, err error) {
+	if tun >= 0 {
+		fd, err = unix.FcntlInt(uintptr(tun), unix.F_DUPFD_CLOEXEC, 0)
+	} else if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		err = errdef.WithHint(fmt.Errorf("%w: open /dev/net/tun: %w", errdef.ErrUnsupported, err), "modprobe tun")
+	}
+	if err != nil {
+		return -1, err
+	}
+	if err = unix.SetNonblock(fd, true); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
+}
+
 // configure gives the tap its address, and makes every other address one of this
 // namespace's own, for what comes in by the tap.
 func configure() error {
 	for name, value := range map[string]string{
 		"ipv6/conf/all/disable_ipv6":             "1", // guests have IPv4 only
-		"ipv6/conf/" + tapName + "/disable_ipv6": "1",
-		"ipv4/conf/" + tapName + "/rp_filter":    "0", // the rules look at the source
+		"ipv6/conf/" + TapName + "/disable_ipv6": "1",
+		"ipv4/conf/" + TapName + "/rp_filter":    "0", // the rules look at the source
 	} {
 		// They only save work: the rules drop IPv6, and where /proc/sys is read-only,
 		// as under systemd's ProtectKernelTunables, the defaults do.
@@ -126,7 +171,7 @@ func configure() error {
 		}
 	}
 	n := vmm.GuestNet()
-	link, err := netlink.LinkByName(tapName)
+	link, err := netlink.LinkByName(TapName)
 	if err != nil {
 		return err
 	}
@@ -136,7 +181,7 @@ func configure() error {
 	}
 	gateway := &netlink.Addr{IPNet: &net.IPNet{IP: n.Gateway.AsSlice(), Mask: net.CIDRMask(n.Guest.Bits(), 32)}}
 	rule := netlink.NewRule()
-	rule.IifName, rule.Table = tapName, table
+	rule.IifName, rule.Table = TapName, table
 	for _, step := range []struct {
 		name string
 		do   func() error

@@ -1,0 +1,38 @@
+package jail
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// RunDir is the directory of a program with files of its own (Config.OwnFiles),
+// as the program sees it. It is empty and the program's working directory when
+// that starts, in memory that counts as the program's, and ends with it.
+const RunDir = "/run"
+
+// What a RunDir has room for: sockets, and the state of a machine's devices.
+const (
+	runBytes  = 16 << 20
+	runInodes = 64
+)
+
+// runFlags are those of its mount.
+const runFlags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+
+// mountPoints are the directories of a root that something is mounted on.
+func (c Config) mountPoints() []string {
+	if !c.OwnFiles {
+		return nil
+	}
+	return []string{RunDir}
+}
+
+// mountRun makes the directory of a program that will be user, and goes there.
+func mountRun(user int) error {
+	options := fmt.Sprintf("size=%d,nr_inodes=%d,mode=0700,uid=%d,gid=%d", runBytes, runInodes, user, user)
+	if err := unix.Mount("tine", RunDir, "tmpfs", runFlags, options); err != nil {
+		return fmt.Errorf("mount %s: %w", RunDir, err)
+	}
+	return unix.Chdir(RunDir)
+}
