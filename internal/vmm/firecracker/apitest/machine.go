@@ -461,7 +461,7 @@ func (m *machine) putEntropy(map[string]any) outcome {
 
 func (m *machine) putLogger(v map[string]any) outcome {
 	if path, ok := v["log_path"].(string); ok {
-		if err := touch(path); err != nil {
+		if err := touch(path, m.s.version); err != nil {
 			return refuse("Logger error: Failed to open target file: %s", osError(err))
 		}
 	}
@@ -470,7 +470,7 @@ func (m *machine) putLogger(v map[string]any) outcome {
 
 func (m *machine) putMetrics(v map[string]any) outcome {
 	const start = "Metrics error: Cannot initialize the metrics system due to bad user input: "
-	if err := touch(v["metrics_path"].(string)); err != nil {
+	if err := touch(v["metrics_path"].(string), m.s.version); err != nil {
 		return refuse("%s%s", start, osError(err))
 	}
 	if m.metrics {
@@ -480,9 +480,13 @@ func (m *machine) putMetrics(v map[string]any) outcome {
 	return outcome{}
 }
 
-// touch makes a file that is written to, if it is not there.
-func touch(path string) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY, 0o600)
+// touch opens a file that Firecracker writes to. Since 1.14 it makes it, too.
+func touch(path string, v api.Version) error {
+	flags := os.O_WRONLY
+	if known(v, []string{"1.14.0"}) {
+		flags |= os.O_CREATE
+	}
+	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
 		return err
 	}

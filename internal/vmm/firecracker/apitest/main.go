@@ -97,7 +97,7 @@ func Main(args []string, cfg Config, stdout, stderr io.Writer) int {
 		_, _ = fmt.Fprintf(stdout, "v%s\n", formatOf(version))
 		return 0
 	}
-	if code := configure(values, &cfg, stderr); code != 0 {
+	if code := configure(values, &cfg, version, stderr); code != 0 {
 		return code
 	}
 	return run(values["api-sock"], cfg, stdout, stderr)
@@ -135,7 +135,7 @@ func parse(args []string, v api.Version) (map[string]string, error) {
 }
 
 // configure puts a command line over cfg.
-func configure(values map[string]string, cfg *Config, stderr io.Writer) int {
+func configure(values map[string]string, cfg *Config, v api.Version, stderr io.Writer) int {
 	for _, name := range []string{"config-file", "no-api", "metadata", "describe-snapshot"} {
 		if _, ok := values[name]; ok {
 			_, _ = fmt.Fprintf(stderr, "apitest does not know --%s\n", name)
@@ -150,14 +150,14 @@ func configure(values map[string]string, cfg *Config, stderr io.Writer) int {
 		cfg.ID = id
 	}
 	if l, ok := values["level"]; ok {
-		if _, err := level(l, api.Version{}); err != nil {
+		if _, err := level(l, v); err != nil {
 			_, _ = fmt.Fprintf(stderr, "Error: InvalidLogLevel(LevelFilterFromStrError(%q))\n", l)
 			return exitLevel
 		}
 	}
 	for _, name := range []string{"log-path", "metrics-path"} {
 		if path, ok := values[name]; ok {
-			if err := touch(path); err != nil {
+			if err := touch(path, v); err != nil {
 				_, _ = fmt.Fprintf(stderr, "Error: --%s: %s\n", name, osError(err))
 				return exitError
 			}

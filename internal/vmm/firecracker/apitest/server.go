@@ -238,9 +238,11 @@ func (s *Server) serve(conn net.Conn) {
 // readBody reads what a request carries, or says why its head is refused.
 func (s *Server) readBody(request *http.Request) (body, refused []byte) {
 	switch request.Method {
-	case http.MethodGet, http.MethodPut, http.MethodPatch, http.MethodDelete:
+	case http.MethodGet, http.MethodPut, http.MethodPatch:
 	default:
-		return nil, unreadable("Invalid HTTP Method: Unsupported HTTP method.")
+		if request.Method != http.MethodDelete || !known(s.version, []string{"1.16.0"}) {
+			return nil, unreadable("Invalid HTTP Method: Unsupported HTTP method.")
+		}
 	}
 	if request.ContentLength > int64(s.cfg.MaxPayload) {
 		return nil, unreadable(fmt.Sprintf("Request payload with size %d is larger than the limit of %d allowed by server.",

@@ -192,7 +192,10 @@ func (m *machine) readState(path string) (state, error) {
 	}
 	const load = "Failed to load snapshot state from file: "
 	if len(data) < 8 { // the checksum's size
-		return state{}, faultf(load + "IO Error: File too short to contain CRC")
+		if known(m.s.version, []string{"1.14.0"}) {
+			return state{}, faultf(load + "IO Error: File too short to contain CRC")
+		}
+		return state{}, faultf(load + "Snapshot file is smaller than CRC length.")
 	}
 	var st state
 	if len(data) < len(stateMagic) || string(data[:len(stateMagic)]) != stateMagic || json.Unmarshal(data[len(stateMagic):], &st) != nil {
