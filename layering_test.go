@@ -123,7 +123,8 @@ var mayImport = map[string][]string{
 	"internal/vmm/fake": {
 		"internal/agent", "internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm",
 	},
-	"internal/vmm/vmmtest": {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
+	"internal/vmm/firecracker/apitest": {"internal/vmm/firecracker/api"},
+	"internal/vmm/vmmtest":             {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
 	"internal/vmtest": {
 		"internal/cgroup", "internal/deterministic", "internal/durable", "internal/image", "internal/jail", "internal/sandbox",
 		"internal/snapshot", "internal/vmm", "internal/vmm/qemu",
@@ -132,7 +133,9 @@ var mayImport = map[string][]string{
 
 // onlyForTests are packages that no program may contain. Any test may import
 // them, and they may import each other.
-var onlyForTests = []string{"internal/api/apitest", "internal/vmm/fake", "internal/vmm/vmmtest", "internal/vmtest"}
+var onlyForTests = []string{
+	"internal/api/apitest", "internal/vmm/fake", "internal/vmm/firecracker/apitest", "internal/vmm/vmmtest", "internal/vmtest",
+}
 
 // testsMayImport is what a package's tests may import beside the package, its
 // row and what is only for tests.

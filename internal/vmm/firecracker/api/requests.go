@@ -199,9 +199,10 @@ func (c *Client) PutEntropy(ctx context.Context) error {
 	return c.put(ctx, "/entropy", struct{}{})
 }
 
-// PutSerial has what the guest writes on its serial port go to a file or pipe,
-// which must exist, in place of Firecracker's standard output: PUT /serial, before boot only,
-// and before a load. Since 1.14 (SerialConfig).
+// PutSerial has what the guest writes on its serial port go to a file or pipe in
+// place of Firecracker's standard output: PUT /serial, before boot only, and
+// allowed before a load. It is opened, or made, when the machine starts or is
+// loaded. Since 1.14 (SerialConfig).
 func (c *Client) PutSerial(ctx context.Context, path string) error {
 	return c.put(ctx, "/serial", struct {
 		Path string `json:"serial_out_path"`
@@ -210,7 +211,8 @@ func (c *Client) PutSerial(ctx context.Context, path string) error {
 
 // Logger is where Firecracker logs. Before boot only, and allowed before a load.
 type Logger struct {
-	// Path is a file or a pipe; without one it goes on where it is.
+	// Path is a file or a pipe; without one it goes on where it is. Before 1.14 the
+	// file must exist.
 	Path string `json:"log_path,omitempty"`
 	// Level is Error, Warning, Info, Debug, Trace or Off; "" is Info.
 	Level string `json:"level,omitempty"`
@@ -223,7 +225,7 @@ func (c *Client) PutLogger(ctx context.Context, l Logger) error {
 
 // PutMetrics has Firecracker write its metrics to a file or pipe, one JSON object
 // a line, each minute and when asked (FlushMetrics): PUT /metrics. Once only,
-// before boot, and allowed before a load.
+// before boot, and allowed before a load. Before 1.14 the file must exist.
 func (c *Client) PutMetrics(ctx context.Context, path string) error {
 	return c.put(ctx, "/metrics", struct {
 		Path string `json:"metrics_path"`
