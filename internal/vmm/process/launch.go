@@ -3,6 +3,7 @@ package process
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"syscall"
@@ -33,6 +34,9 @@ type Launch struct {
 	// Opens are the files that a process in the jail opens by name, until Settled
 	// or its end. They are the caller's to close, and open until then.
 	Opens map[string]*os.File
+	// Before are called in the jail before the file of that name is handed over, once;
+	// see jail.Job.
+	Before map[string]func(context.Context) error
 	// WorkDir is where a process without a jail begins; empty: where this one is.
 	WorkDir string
 	// FileBytes is how long a process in the jail may make any file.
@@ -107,6 +111,16 @@ func (s *Started) Jailed() bool { return s.child.jailed() }
 // goroutine.
 func (s *Started) Settled() error { return s.child.settled() }
 
+// Listens waits until a process in a jail of programs with files of their own
+// listens on the socket of that name.
+func (s *Started) Listens(ctx context.Context, name string) error {
+	p, ok := s.child.(prisoner)
+	if !ok {
+		return fmt.Errorf("%w: without a jail nobody sees to sockets", errdef.ErrUnsupported)
+	}
+	return p.p.Listens(ctx, name)
+}
+
 // Watch hands the process over to a goroutine that waits for its end.
 func (s *Started) Watch(hooks Hooks) *Process {
 	return s.host.watch(s.handle, s.child, s.child.group(), hooks)
@@ -115,7 +129,7 @@ func (s *Started) Watch(hooks Hooks) *Process {
 func (h *Host) start(ctx context.Context, l Launch) (child, error) {
 	if h.Jail != nil {
 		p, err := l.Cell.Start(ctx, jail.Job{
-			Args: l.Args, Env: Environment(), Output: l.Output, Files: l.Files, Opens: l.Opens,
+			Args: l.Args, Env: Environment(), Output: l.Output, Files: l.Files, Opens: l.Opens, Before: l.Before,
 			Limits: groupLimits(l.Limits), FileBytes: l.FileBytes, DieWithParent: l.DieWithParent,
 		})
 		if err != nil {
@@ -171,4 +185,33 @@ func LeaveCell(c *jail.Cell) error {
 		return nil
 	}
 	return c.Close()
+}
+
+// Output runs a program to its end and returns what it has written to its standard
+// output, of which more than limit bytes are an error.
+func Output(cmd *exec.Cmd, limit int) ([]byte, error) {
+	out := &bounded{limit: limit}
+	cmd.Stdout = out
+	err := cmd.Run()
+	if out.over {
+		err = fmt.Errorf("it says more than %d bytes", limit)
+	}
+	return out.text, err
+}
+
+// bounded keeps up to limit bytes, and fails on more.
+type bounded struct {
+	text  []byte
+	limit int
+	over  bool
+}
+
+// Write keeps p.
+func (b *bounded) Write(p []byte) (int, error) {
+	if len(b.text)+len(p) > b.limit {
+		b.over = true
+		return 0, io.ErrShortWrite
+	}
+	b.text = append(b.text, p...)
+	return len(p), nil
 }

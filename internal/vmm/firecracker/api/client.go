@@ -48,7 +48,7 @@ import (
 // hangs up; the context's; and, when the answer is not one of Firecracker's, in
 // no category.
 type Client struct {
-	path    string
+	dial    Dialer
 	version Version
 
 	turn   chan struct{} // holds one token, when nobody has the connection
@@ -58,6 +58,10 @@ type Client struct {
 }
 
 var errClosed = fmt.Errorf("client of Firecracker: %w", net.ErrClosed)
+
+// Dialer connects to the socket of Firecracker's interface. It may be called at
+// any time until the client is closed.
+type Dialer func(ctx context.Context) (net.Conn, error)
 
 // Dial waits until Firecracker listens on the unix socket at path, asks for its
 // version, and returns a client. The socket may not exist yet, but its directory
@@ -72,12 +76,25 @@ func Dial(ctx context.Context, path string, died <-chan struct{}) (*Client, erro
 	if err != nil {
 		return nil, fmt.Errorf("dial Firecracker at %s: %w", path, err)
 	}
+	return newClient(ctx, c, func(ctx context.Context) (net.Conn, error) { return dialUnix(ctx, path) }, died)
+}
+
+// New is Dial for a Firecracker that listens already, and is reached by dial.
+func New(ctx context.Context, dial Dialer, died <-chan struct{}) (*Client, error) {
+	c, err := dial(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dial Firecracker: %w", err)
+	}
+	return newClient(ctx, c, dial, died)
+}
+
+func newClient(ctx context.Context, c net.Conn, dial Dialer, died <-chan struct{}) (_ *Client, err error) {
 	closed, cancel := context.WithCancel(context.Background())
-	client := &Client{path: path, turn: make(chan struct{}, 1), conn: newConn(c), closed: closed, close: cancel}
+	client := &Client{dial: dial, turn: make(chan struct{}, 1), conn: newConn(c), closed: closed, close: cancel}
 	client.turn <- struct{}{}
 	if client.version, err = client.askVersion(ctx, died); err != nil {
 		_ = client.Close()
-		return nil, fmt.Errorf("ask Firecracker at %s for its version: %w", path, err)
+		return nil, fmt.Errorf("ask Firecracker for its version: %w", err)
 	}
 	return client, nil
 }
@@ -184,7 +201,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, v any
 // exchange sends a request on the connection that there is, or a new one.
 func (c *Client) exchange(ctx context.Context, method, path string, body []byte) (answer, error) {
 	if c.conn == nil {
-		raw, err := dialUnix(ctx, c.path)
+		raw, err := c.dial(ctx)
 		if err != nil {
 			if ctx.Err() != nil {
 				return answer{}, context.Cause(ctx)

@@ -35,15 +35,17 @@ func DialGuest(ctx context.Context, path string, port uint32) (net.Conn, error) 
 	default:
 		return nil, fmt.Errorf("dial port %d of the guest at %s: %w: %w", port, path, errdef.ErrUnavailable, err)
 	}
-	if err = greet(ctx, conn, port); err != nil {
+	if err = Greet(ctx, conn, port); err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("dial port %d of the guest at %s: %w", port, path, err)
 	}
 	return conn, nil
 }
 
-// greet asks for a port, and leaves the connection where the guest's words begin.
-func greet(ctx context.Context, conn net.Conn, port uint32) error {
+// Greet asks for a port of the guest on a new connection to the socket of its vsock
+// device, and leaves the connection where the guest's words begin. Errors are as of
+// DialGuest. After one the connection is of no use; it is the caller's.
+func Greet(ctx context.Context, conn net.Conn, port uint32) error {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	// In one piece: Firecracker does not wait for the rest of a line.
 	_, err := fmt.Fprintf(conn, "CONNECT %d\n", port)
