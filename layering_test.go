@@ -48,7 +48,7 @@ var mayImport = map[string][]string{
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
-	"internal/vmm": {"internal/guestmem"},
+	"internal/vmm": {"internal/errdef", "internal/guestmem"},
 	"internal/vmm/qemu": {
 		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
 		"internal/vmm",

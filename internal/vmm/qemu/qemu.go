@@ -55,6 +55,7 @@ type Engine struct {
 	binary  string
 	accel   Accel
 	version string
+	host    *vmm.Host  // with KVM
 	jail    *jail.Jail // nil when there is none
 	log     *slog.Logger
 }
@@ -85,6 +86,13 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
+	if e.accel == KVM { // guests see the host's CPU, and KVM keeps part of their state
+		host, hostErr := vmm.ThisHost()
+		if hostErr != nil {
+			return nil, hostErr
+		}
+		e.host = &host
+	}
 	if cfg.Jail != nil {
 		if err = e.openJail(ctx, *cfg.Jail); err != nil {
 			return nil, err
@@ -110,7 +118,7 @@ func (e *Engine) Version() string { return e.version }
 // Caps says what QEMU can do with this accelerator.
 func (e *Engine) Caps() vmm.Caps {
 	caps := vmm.Caps{
-		Hardware: e.accel == KVM, MaxVCPUs: 16,
+		Hardware: e.accel == KVM, Host: e.host, MaxVCPUs: 16,
 		Deterministic: e.accel == TCG, Model: vmm.Model{Machine: "pc", CPU: deterministicModel},
 	}
 	if e.jail == nil {
