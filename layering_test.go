@@ -138,6 +138,7 @@ var testsMayImport = map[string][]string{
 	"internal/api/forge":     {"internal/api"},
 	"internal/agent":         {"internal/guest", "internal/vmm"},
 	"internal/bench":         {"internal/vmm/qemu"},
+	"internal/cli":           {"internal/vmm"},
 	"internal/daemon":        {"internal/guest", "internal/linux"},
 	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},
 	"internal/guest":         {"internal/agent"},

@@ -85,9 +85,11 @@ func readCPU(cpuinfo io.Reader) (CPU, error) {
 	ended := false
 	for !ended && lines.Scan() {
 		key, value, found := strings.Cut(lines.Text(), ":")
-		key = strings.TrimSpace(key)
-		ended = !found && key == "" && len(fields) > 0 // an empty line ends an entry
-		if _, known := fields[key]; !known {
+		if !found {
+			ended = strings.TrimSpace(key) == "" && len(fields) > 0 // an empty line ends an entry
+			continue
+		}
+		if key = strings.TrimSpace(key); fields[key] == "" {
 			fields[key] = strings.Join(strings.Fields(value), " ")
 		}
 	}
