@@ -48,7 +48,7 @@ var mayImport = map[string][]string{
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
-	"internal/vmm":                 {"internal/guestmem"},
+	"internal/vmm":                 {"internal/errdef", "internal/guestmem"},
 	"internal/vmm/firecracker/api": {"internal/errdef"},
 	"internal/vmm/process": {
 		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
@@ -145,6 +145,7 @@ var testsMayImport = map[string][]string{
 	"internal/api/forge":     {"internal/api"},
 	"internal/agent":         {"internal/guest", "internal/vmm"},
 	"internal/bench":         {"internal/vmm/qemu"},
+	"internal/cli":           {"internal/vmm"},
 	"internal/daemon":        {"internal/guest", "internal/linux"},
 	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},
 	"internal/guest":         {"internal/agent"},

@@ -15,6 +15,8 @@ type (
 	Snapshot = wire.Snapshot
 	// SnapshotDetail is all that is known of a snapshot.
 	SnapshotDetail = wire.SnapshotDetail
+	// SnapshotHost is what a snapshot's device state depends on of its host.
+	SnapshotHost = wire.SnapshotHost
 	// CreateSnapshotRequest says what snapshot to make.
 	CreateSnapshotRequest = wire.CreateSnapshotRequest
 	// SnapshotVerification says what came of making a snapshot again. Its Result

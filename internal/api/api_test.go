@@ -16,6 +16,7 @@ import (
 	"github.com/tinevm/tine/internal/api"
 	"github.com/tinevm/tine/internal/api/apitest"
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/wire"
 )
 
@@ -440,6 +441,32 @@ func TestLines(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestHostOfSnapshot: it is shown where there is one.
+func TestHostOfSnapshot(t *testing.T) {
+	t.Parallel()
+	url, b := server(t)
+	_, body := do(t, "GET", url+"/v1/snapshots/py/info", "")
+	if d := decode[wire.SnapshotDetail](t, body); d.Host != nil || strings.Contains(body, `"host"`) {
+		t.Errorf("where it depends on none: %s", body)
+	}
+	flags := "sha256:" + strings.Repeat("a", 64)
+	b.Host = &vmm.Host{
+		CPU:      vmm.CPU{Vendor: "AuthenticAMD", Family: 25, Model: 1, Stepping: 2, Name: "AMD EPYC", Flags: flags},
+		Template: "T2A", Kernel: "6.1.112",
+	}
+	if status, made := do(t, "POST", url+"/v1/snapshots", `{"tag":"hw","image":"py"}`); status != 201 {
+		t.Fatalf("create: %d %s", status, made)
+	}
+	_, body = do(t, "GET", url+"/v1/snapshots/hw/info", "")
+	want := &wire.SnapshotHost{
+		CPU:      wire.CPU{Vendor: "AuthenticAMD", Family: 25, Model: 1, Stepping: 2, Name: "AMD EPYC", Flags: flags},
+		Template: "T2A", Kernel: "6.1.112",
+	}
+	if diff := cmp.Diff(want, decode[wire.SnapshotDetail](t, body).Host); diff != "" {
+		t.Error(diff)
 	}
 }
 

@@ -252,7 +252,7 @@ func (s *server) GetSnapshotInfo(ctx context.Context, r wire.GetSnapshotInfoRequ
 		ParentContentHash: m.Parent, ParentTag: snapOut.ParentTag, Follows: snap.Follows, Auto: snap.Auto,
 		BranchedFrom: snap.BranchedFrom, Mode: snap.Mode, PauseMS: snapOut.PauseMS, DiffMS: snap.DiffMS,
 		DiffPhysicalBytes: snap.DiffPhysicalBytes, DiffLogicalBytes: snap.DiffLogicalBytes,
-		Image: snapOut.Image, ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion,
+		Image: snapOut.Image, ImageDigest: m.Image, Engine: m.Engine, EngineVersion: m.EngineVersion, Host: hostOf(m.Host),
 		MemoryMiB: m.Machine.MemoryMiB, DiskMiB: m.Machine.DiskMiB, Net: m.Machine.Net, VCPUs: m.Machine.VCPUs, Warmup: list(m.Warmup), Languages: list(m.Languages),
 		BootMS: snap.BootMS, SnapshotMS: snap.SnapshotMS, Warning: snapOut.Warning,
 		Sandboxes: s.sandboxesOf(ctx, snap), Pool: *snapOut.Pool,
@@ -262,6 +262,15 @@ func (s *server) GetSnapshotInfo(ctx context.Context, r wire.GetSnapshotInfoRequ
 		return nil, err
 	}
 	return wire.GetSnapshotInfo200JSONResponse(d), nil
+}
+
+func hostOf(h *vmm.Host) *wire.SnapshotHost {
+	if h == nil {
+		return nil
+	}
+	c := h.CPU
+	cpu := wire.CPU{Vendor: c.Vendor, Family: c.Family, Model: c.Model, Stepping: c.Stepping, Name: c.Name, Flags: c.Flags}
+	return &wire.SnapshotHost{CPU: cpu, Template: h.Template, Kernel: h.Kernel}
 }
 
 // relate adds what a snapshot has to do with others.

@@ -85,8 +85,7 @@ func (a *Attestor) target(ctx context.Context, job block.Job) (ref string, err e
 func (a *Attestor) made(tag, image string) (digest string, ok bool) {
 	snap, err := a.cfg.Snapshots.Resolve(tag)
 	m := snap.Manifest
-	ok = err == nil && m.Machine.Deterministic && m.Image == image && m.Parent == "" &&
-		m.Engine == a.cfg.Engine.Name() && m.EngineVersion == a.cfg.Engine.Version()
+	ok = err == nil && m.Machine.Deterministic && m.Image == image && m.Parent == "" && snap.RestorableBy(a.cfg.Engine) == nil
 	return snap.Digest, ok
 }
 

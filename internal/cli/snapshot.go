@@ -137,6 +137,9 @@ func detailTable(d client.SnapshotDetail) table {
 	t.add("digest", d.Digest)
 	t.add("image", strings.TrimSpace(d.Image+" "+short(d.ImageDigest)))
 	t.add("engine", d.Engine+" "+d.EngineVersion)
+	if d.Host != nil {
+		t.add("host", hostLine(*d.Host))
+	}
 	machine := fmt.Sprintf("%d MiB, %d CPU", d.MemoryMiB, d.VCPUs)
 	if d.DiskMiB > 0 {
 		machine += fmt.Sprintf(", disk of %d MiB", d.DiskMiB)
@@ -172,6 +175,19 @@ func detailTable(d client.SnapshotDetail) table {
 	t.add("age", age(d.CreatedAtUnix))
 	t.add("directory", d.Dir)
 	return t
+}
+
+// hostLine names what another host must be like to fork the snapshot.
+func hostLine(h client.SnapshotHost) string {
+	c := h.CPU
+	cpu := fmt.Sprintf("%s family %d model %d stepping %d", c.Vendor, c.Family, c.Model, c.Stepping)
+	switch {
+	case h.Template != "":
+		cpu = fmt.Sprintf("CPU template %s on %s", h.Template, c.Vendor)
+	case c.Name != "":
+		cpu = fmt.Sprintf("%s (%s)", c.Name, cpu)
+	}
+	return cpu + ", Linux " + h.Kernel
 }
 
 func (a *app) snapshotRm() *cobra.Command {

@@ -104,7 +104,7 @@ type template struct {
 
 func (t *template) manifest() snapshot.Manifest {
 	return snapshot.Manifest{
-		Engine: t.r.cfg.Engine.Name(), EngineVersion: t.r.cfg.Engine.Version(), Machine: t.shape,
+		Engine: t.r.cfg.Engine.Name(), EngineVersion: t.r.cfg.Engine.Version(), Host: t.r.cfg.Engine.Caps().Host, Machine: t.shape,
 		Image: t.img.Digest, Warmup: t.lines,
 	}
 }

@@ -200,7 +200,7 @@ func (r *Runner) pin(ref string) (snapshot.Snapshot, *os.File, error) {
 }
 
 func (r *Runner) fits(o *origin) error {
-	m, engine := o.snap.Manifest, r.cfg.Engine
+	m := o.snap.Manifest
 	if !m.Machine.Deterministic {
 		err := fmt.Errorf("%w: snapshot %s is not deterministic", errdef.ErrConflict, o.snap.Digest)
 		return errdef.WithHint(err, "run it with --deterministic through its twin, or make one: tine snapshot create --deterministic")
@@ -208,9 +208,8 @@ func (r *Runner) fits(o *origin) error {
 	if m.Layered() {
 		return fmt.Errorf("%w: snapshot %s is a branch: deterministic ones are whole", errdef.ErrConflict, o.snap.Digest)
 	}
-	if m.Engine != engine.Name() || m.EngineVersion != engine.Version() {
-		return fmt.Errorf("%w: snapshot %s was made by %s %s, this is %s %s", errdef.ErrConflict, o.snap.Digest,
-			m.Engine, m.EngineVersion, engine.Name(), engine.Version())
+	if err := o.snap.RestorableBy(r.cfg.Engine); err != nil {
+		return err
 	}
 	img, err := r.cfg.Images.Get(m.Image)
 	if err != nil {

@@ -97,8 +97,7 @@ func (r *Runner) knownTwin(tag string, m snapshot.Manifest) (snapshot.Snapshot, 
 		return snapshot.Snapshot{}, false // it is made anew
 	}
 	t := twin.Manifest
-	good := t.Machine == twinShape(m.Machine) && t.Image == m.Image &&
-		t.Engine == r.cfg.Engine.Name() && t.EngineVersion == r.cfg.Engine.Version()
+	good := t.Machine == twinShape(m.Machine) && t.Image == m.Image && twin.RestorableBy(r.cfg.Engine) == nil
 	return twin, good
 }
 

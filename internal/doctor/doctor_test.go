@@ -249,6 +249,8 @@ func TestEngines(t *testing.T) {
 	noTCG := engines.Report{Name: engines.QEMUTCG, Reason: "no QEMU", Hint: "install it", Err: errdef.ErrUnavailable}
 	fire := engines.Report{Name: engines.Firecracker, Reason: "not in this version", Err: errdef.ErrUnsupported}
 	tcg.Caps = vmm.Caps{Jail: true, Net: true, Limits: vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}}
+	hardware := engines.Report{Name: engines.QEMUKVM, Usable: true, Reason: "a kernel ran", Version: "7.2"}
+	hardware.Caps.Host = &vmm.Host{CPU: vmm.CPU{Vendor: "AuthenticAMD", Family: 25, Model: 1, Stepping: 2, Name: "AMD EPYC"}, Kernel: "6.1.112"}
 	tests := map[string]struct {
 		wish    string
 		reports []engines.Report
@@ -272,6 +274,12 @@ func TestEngines(t *testing.T) {
 			{"engine", Fail, "qemu-kvm cannot be used", "buy one"},
 			{"engine qemu-kvm", Warn, "no vmx", "buy one"},
 			{"engine qemu-tcg", OK, "7.2: always", ""},
+		}},
+		"hardware": {engines.QEMUTCG, []engines.Report{hardware, noTCG}, []Check{
+			{"engine", Fail, "qemu-tcg cannot be used", "install it"},
+			{"engine qemu-kvm", OK, "7.2: a kernel ran; its snapshots are for hosts like this one: " +
+				"AMD EPYC (AuthenticAMD family 25 model 1 stepping 2), Linux 6.1", ""},
+			{"engine qemu-tcg", Warn, "no QEMU", "install it"},
 		}},
 		"unknown": {"xen", []engines.Report{tcg}, []Check{
 			{"engine", Fail, "xen cannot be used", "use --engine auto"},

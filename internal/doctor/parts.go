@@ -108,6 +108,9 @@ func engineCheck(r engines.Report) Check {
 	case r.Usable:
 		c.Status = OK
 		c.Detail = fmt.Sprintf("%s: %s", r.Version, r.Reason)
+		if host := r.Caps.Host; host != nil {
+			c.Detail += "; its snapshots are for hosts like this one: " + host.String()
+		}
 	case errors.Is(r.Err, errdef.ErrUnsupported):
 		c.Status = Skip
 	}

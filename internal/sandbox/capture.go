@@ -335,7 +335,7 @@ func (c *capture) whole(ctx context.Context, f *os.File) error {
 func (c *capture) manifest() snapshot.Manifest {
 	of := c.origin.Manifest
 	man := snapshot.Manifest{
-		Engine: of.Engine, EngineVersion: of.EngineVersion, Machine: of.Machine,
+		Engine: of.Engine, EngineVersion: of.EngineVersion, Host: of.Host, Machine: of.Machine,
 		Image: of.Image, Warmup: of.Warmup, Languages: of.Languages,
 	}
 	if c.mode != Full {

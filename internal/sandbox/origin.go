@@ -92,10 +92,8 @@ func (m *Manager) fits(o *origin) error {
 		err := fmt.Errorf("%w: snapshot %s is deterministic, and has no forks", errdef.ErrConflict, ref)
 		return errdef.WithHint(err, "run commands in it: tine run --deterministic --snapshot "+ref+" -- COMMAND")
 	}
-	if man.Engine != m.Engine.Name() || man.EngineVersion != m.Engine.Version() {
-		err := fmt.Errorf("%w: snapshot %s was made by %s %s, this is %s %s", errdef.ErrConflict, ref,
-			man.Engine, man.EngineVersion, m.Engine.Name(), m.Engine.Version())
-		return errdef.WithHint(err, "make it again: tine snapshot create --replace "+ref)
+	if err := o.snap.RestorableBy(m.Engine); err != nil {
+		return err
 	}
 	img, err := m.Images.Get(man.Image)
 	if err == nil {

@@ -161,6 +161,9 @@ func (b *box) resume(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	if err = snap.RestorableBy(b.m.Engine); err != nil { // nobody can make this one anew
+		return errdef.WithHint(err, "run the daemon where, and as, it was suspended, or give the sandbox up: tine rm "+b.id)
+	}
 	pin, err := b.m.Snapshots.Pin(snap)
 	if err != nil {
 		return err

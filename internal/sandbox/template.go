@@ -104,7 +104,7 @@ func (t *template) manifest() snapshot.Manifest {
 		warmup = append(warmup, "import "+strings.Join(imports, ", "))
 	}
 	return snapshot.Manifest{
-		Engine: t.m.Engine.Name(), EngineVersion: t.m.Engine.Version(), Machine: t.shape,
+		Engine: t.m.Engine.Name(), EngineVersion: t.m.Engine.Version(), Host: t.m.Engine.Caps().Host, Machine: t.shape,
 		Image: t.img.Digest, Warmup: warmup, Languages: t.languages,
 	}
 }

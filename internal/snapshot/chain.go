@@ -89,12 +89,14 @@ func tooDeep() error {
 }
 
 // fits fails unless the layer can stand on the parent: their device states are
-// of one engine, and their machines have one shape.
+// of one engine and host, and their machines have one shape.
 func (m *Manifest) fits(parent *Manifest) error {
 	switch {
 	case m.Engine != parent.Engine || m.EngineVersion != parent.EngineVersion:
 		return fmt.Errorf("%w: engine %s %s, its parent's is %s %s", errdef.ErrInvalid,
 			m.Engine, m.EngineVersion, parent.Engine, parent.EngineVersion)
+	case !sameHost(m.Host, parent.Host):
+		return fmt.Errorf("%w: host %s, its parent's is %s", errdef.ErrInvalid, hostName(m.Host), hostName(parent.Host))
 	case m.Machine != parent.Machine:
 		return fmt.Errorf("%w: machine %+v, its parent's is %+v", errdef.ErrInvalid, m.Machine, parent.Machine)
 	case m.Image != parent.Image:

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 func goodManifest(t testing.TB) ([]byte, Manifest) {
@@ -150,6 +151,90 @@ func TestNetManifest(t *testing.T) {
 	}
 }
 
+func testHost() *vmm.Host {
+	cpu := vmm.CPU{Vendor: "AuthenticAMD", Family: 25, Model: 1, Stepping: 2, Name: "AMD EPYC <Milan>", Flags: digestOf([]byte("fpu\nsvm\n"))}
+	return &vmm.Host{CPU: cpu, Template: "T2A", Kernel: "6.1.112"}
+}
+
+// hostManifest is goodManifest of an engine that depends on its host.
+func hostManifest(t testing.TB) ([]byte, Manifest) {
+	t.Helper()
+	_, m := goodManifest(t)
+	m.Host = testHost()
+	data, _, err := m.encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data, m
+}
+
+func TestHostManifest(t *testing.T) {
+	t.Parallel()
+	plain, _ := goodManifest(t)
+	data, m := hostManifest(t)
+	want := strings.Replace(string(plain), "  \"machine\"", `  "host": {
+    "cpu": {
+      "vendor": "AuthenticAMD",
+      "family": 25,
+      "model": 1,
+      "stepping": 2,
+      "name": "AMD EPYC \u003cMilan\u003e",
+      "flags": "`+m.Host.CPU.Flags+`"
+    },
+    "template": "T2A",
+    "kernel": "6.1.112"
+  },
+  "machine"`, 1)
+	if diff := cmp.Diff(want, string(data)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	got, err := decodeManifest(data)
+	if diff := cmp.Diff(m, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+	for name, change := range map[string][2]string{
+		"another field": {`"kernel"`, `"kernel_version": "6",` + "\n    \"kernel\""},
+		"no kernel":     {",\n    \"kernel\": \"6.1.112\"", ""},
+		"kernel":        {`"6.1.112"`, `"six"`},
+		"huge kernel":   {`"6.1.112"`, `"6.1.` + strings.Repeat("1", 1<<16) + `"`},
+		"huge vendor":   {`"AuthenticAMD"`, `"` + strings.Repeat("A", 1<<16) + `"`},
+		"huge name":     {`"AMD EPYC \u003cMilan\u003e"`, `"` + strings.Repeat("A", 1<<16) + `"`},
+		"huge template": {`"T2A"`, `"` + strings.Repeat("A", 1<<16) + `"`},
+		"no template":   {`"T2A"`, `""`},
+		"escape":        {`"T2A"`, `"\u001b[2J"`},
+		"negative":      {`"stepping": 2`, `"stepping": -2`},
+		"fraction":      {`"stepping": 2`, `"stepping": 2.5`},
+		"words":         {`"family": 25`, `"family": "25"`},
+		"flags":         {`"flags": "sha256:`, `"flags": "sha512:`},
+	} {
+		bad := strings.Replace(want, change[0], change[1], 1)
+		if _, err = decodeManifest([]byte(bad)); bad == want || !errors.Is(err, errdef.ErrInvalid) || len(err.Error()) > 500 {
+			t.Errorf("%s: %.300v", name, err)
+		}
+	}
+	for name, value := range map[string]string{"null": "null", "empty": "{}", "list": "[]", "text": `"AMD"`} {
+		bad := strings.Replace(string(plain), `  "machine"`, `  "host": `+value+`,`+"\n  \"machine\"", 1)
+		if _, err = decodeManifest([]byte(bad)); !errors.Is(err, errdef.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestManifestIsTheCallers: what is remembered of a manifest does not change
+// with what was returned of it.
+func TestManifestIsTheCallers(t *testing.T) {
+	t.Parallel()
+	data, want := hostManifest(t)
+	var known decoded
+	for range 3 {
+		m, err := known.manifest(digestOf(data), data)
+		if diff := cmp.Diff(want, m); err != nil || diff != "" {
+			t.Fatalf("%v (-want +got):\n%s", err, diff)
+		}
+		m.Host.Kernel, m.Warmup[0] = "7.0", "sh"
+	}
+}
+
 func TestLayeredManifest(t *testing.T) {
 	t.Parallel()
 	whole, _ := goodManifest(t)
@@ -211,6 +296,8 @@ func FuzzDecodeManifest(f *testing.F) {
 	f.Add(data)
 	layered, _ := layeredManifest(f)
 	f.Add(layered)
+	hosted, _ := hostManifest(f)
+	f.Add(hosted)
 	f.Add([]byte(`{"version":1}`))
 	f.Add([]byte("null"))
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -155,6 +155,7 @@ func TestLayerRefused(t *testing.T) {
 		"missing-parent": {func(_ *Stage, m *Manifest) error { m.Parent = digestOf(nil); return nil }, errdef.ErrNotFound},
 		"other-engine":   {func(_ *Stage, m *Manifest) error { m.Engine = "other"; return nil }, errdef.ErrInvalid},
 		"other-version":  {func(_ *Stage, m *Manifest) error { m.EngineVersion = "2"; return nil }, errdef.ErrInvalid},
+		"other-host":     {func(_ *Stage, m *Manifest) error { m.Host = testHost(); return nil }, errdef.ErrInvalid},
 		"other-machine":  {func(_ *Stage, m *Manifest) error { m.Machine.VCPUs++; return nil }, errdef.ErrInvalid},
 		"other-image":    {func(_ *Stage, m *Manifest) error { m.Image = digestOf(nil); return nil }, errdef.ErrInvalid},
 		"cut-off":        {func(st *Stage, _ *Manifest) error { return os.Truncate(st.LayerPath(), 5000) }, errdef.ErrUnavailable},

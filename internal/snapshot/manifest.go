@@ -33,6 +33,9 @@ type Manifest struct {
 	// Engine and EngineVersion wrote the device state; no other reads it.
 	Engine        string `json:"engine"`
 	EngineVersion string `json:"engine_version"`
+	// Host is where it was written, if that engine's device state depends on it:
+	// vmm.Caps.Host. A branch has that of what it stands on.
+	Host *vmm.Host `json:"host,omitempty"`
 	// Machine is the shape that a fork must have.
 	Machine vmm.Machine `json:"machine"`
 	// Image is the digest of the image, which pins root, kernel and initramfs.
@@ -143,6 +146,9 @@ func (d *decoded) manifest(digest string, data []byte) (Manifest, error) {
 	}
 	m.Warmup, m.Languages = slices.Clone(m.Warmup), slices.Clone(m.Languages)
 	m.Disk = slices.Clone(m.Disk)
+	if m.Host != nil {
+		m.Host = new(*m.Host)
+	}
 	return m, nil
 }
 
@@ -165,6 +171,9 @@ func (m *Manifest) validate() error {
 		}
 	}
 	errs := []error{checkDigest(m.Image), m.checkDisk()}
+	if m.Host != nil {
+		errs = append(errs, m.Host.Validate())
+	}
 	for _, f := range m.contents() {
 		errs = append(errs, checkDigest(f.Digest))
 		if f.Size < 0 {

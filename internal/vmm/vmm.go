@@ -26,7 +26,8 @@ type Engine interface {
 	Name() string
 
 	// Version is the monitor's version as it reports it. It is part of a
-	// snapshot: device state is only read by the version that wrote it.
+	// snapshot: device state is only read by the version that wrote it, and, where
+	// Caps has a Host, on a host that accepts the one it was written on.
 	Version() string
 
 	// Caps says what the engine can do.
@@ -75,6 +76,10 @@ type Caps struct {
 	JailLacks []string `json:"jail_lacks,omitempty"`
 	// Limits are those of Limits that this host can enforce.
 	Limits LimitSupport `json:"limits"`
+	// Host is what device state depends on beside the monitor; nil: on nothing.
+	// Engines with Hardware have one. It is a valid one, the same for as long as the
+	// engine lives, and not to be changed.
+	Host *Host `json:"-"`
 }
 
 // LimitSupport says which fields of Limits can be enforced.

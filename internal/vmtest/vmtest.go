@@ -203,7 +203,7 @@ func Deterministic(t testing.TB, parallel int) *deterministic.Runner {
 		}
 	}()
 	snap, err := store.Resolve(DeterministicTag)
-	if err == nil && snap.Manifest.Image == img.Digest && snap.Manifest.EngineVersion == Engine(t).Version() && hasImports(snap) {
+	if err == nil && snap.Manifest.Image == img.Digest && snap.RestorableBy(Engine(t)) == nil && hasImports(snap) {
 		return runner
 	}
 	_, err = runner.Build(t.Context(), deterministic.BuildRequest{

@@ -911,6 +911,20 @@ type BuildImageRequest struct {
 	Warmup []string `json:"warmup,omitempty"`
 }
 
+// CPU A processor as /proc/cpuinfo has it.
+type CPU struct {
+	Family int `json:"family"`
+
+	// Flags Digest of the names of its features, sorted, with a newline after each.
+	Flags string `json:"flags"`
+	Model int    `json:"model"`
+
+	// Name For people.
+	Name     string `json:"name,omitempty"`
+	Stepping int    `json:"stepping"`
+	Vendor   string `json:"vendor"`
+}
+
 // ChangeNetRequest Rules to take away, and to add.
 type ChangeNetRequest struct {
 	Allow EgressRules `json:"allow,omitempty"`
@@ -2201,9 +2215,12 @@ type SnapshotDetail struct {
 	FlatPhysicalBytes int64 `json:"flat_physical_bytes,omitempty"`
 
 	// Follows The digest of what it came after in its sandbox's history.
-	Follows     string `json:"follows,omitempty"`
-	Image       string `json:"image,omitempty"`
-	ImageDigest string `json:"image_digest"`
+	Follows string `json:"follows,omitempty"`
+
+	// Host What a snapshot's device state depends on beside the engine and its version; absent where it depends on nothing. Another host forks the snapshot only if it is like this one; see docs/engines.md.
+	Host        *SnapshotHost `json:"host,omitempty"`
+	Image       string        `json:"image,omitempty"`
+	ImageDigest string        `json:"image_digest"`
 
 	// Languages Those with a warm interpreter.
 	Languages []string `json:"languages"`
@@ -2242,6 +2259,18 @@ type SnapshotDetail struct {
 	VmstateBytes int64    `json:"vmstate_bytes"`
 	Warmup       []string `json:"warmup"`
 	Warning      string   `json:"warning,omitempty"`
+}
+
+// SnapshotHost What a snapshot's device state depends on beside the engine and its version; absent where it depends on nothing. Another host forks the snapshot only if it is like this one; see docs/engines.md.
+type SnapshotHost struct {
+	// CPU A processor as /proc/cpuinfo has it.
+	CPU CPU `json:"cpu"`
+
+	// Kernel The host's kernel release. The first two numbers of it count.
+	Kernel string `json:"kernel"`
+
+	// Template The CPU template that its machine has. Then of the CPU only the vendor counts.
+	Template string `json:"template,omitempty"`
 }
 
 // SnapshotVerification What came of making a snapshot again.

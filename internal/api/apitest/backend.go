@@ -47,6 +47,8 @@ type Backend struct {
 	Fail func(op string) error
 	// Most is how many sandboxes there may be; 0 is no limit.
 	Most int
+	// Host is what the snapshots say that it makes from now on.
+	Host *vmm.Host
 	// KeepImage says what images were to be kept when unused ones were last
 	// collected.
 	KeepImage func(digest string) bool
@@ -311,7 +313,7 @@ func (b *Backend) CreateSnapshot(ctx context.Context, req sandbox.SnapshotReques
 	progress.ReportAmount(ctx, "freeze", "writing memory", 1, 2)
 	return b.writeSnapshot(ctx, req.Tag, req.Replace, snapshot.Manifest{
 		Engine: "fake", EngineVersion: "1", Machine: vmm.Machine{MemoryMiB: 1, VCPUs: 1, Net: req.Machine.Net}, Image: imageDigest, Warmup: req.Warmup,
-		Languages: []string{"python"},
+		Languages: []string{"python"}, Host: b.Host,
 	})
 }
 

@@ -41,6 +41,7 @@ type Engine struct {
 	running  map[string]*machine // by directory
 	detached map[string]*machine // those that Adopt may take
 	failures map[string]error    // by the operation that is to fail next
+	host     *vmm.Host           // what Caps says
 }
 
 var _ vmm.Engine = (*Engine)(nil)
@@ -58,7 +59,18 @@ func (e *Engine) Version() string { return "1" }
 
 // Caps says that it takes what it is given.
 func (e *Engine) Caps() vmm.Caps {
-	return vmm.Caps{MaxVCPUs: 16, Jail: true, Net: true, Limits: vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	limits := vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}
+	return vmm.Caps{MaxVCPUs: 16, Jail: true, Net: true, Limits: limits, Host: e.host}
+}
+
+// SetHost makes the engine one whose device state depends on its host, which is
+// h from now on; nil, as at first: one whose does not.
+func (e *Engine) SetHost(h *vmm.Host) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.host = h
 }
 
 // deviceState is what Freeze and SaveDevice write and Restore expects.

@@ -28,7 +28,7 @@ type Launch struct {
 	// it returns.
 	Cell *jail.Cell
 	// Output takes its standard streams. It and Files, which the process has from
-	// Host.FirstFile on, are the caller's to close.
+	// Keeper.FirstFile on, are the caller's to close.
 	Output *os.File
 	Files  []*os.File
 	// Opens are the files that a process in the jail opens by name, until Settled
@@ -51,7 +51,7 @@ func Environment() []string { return []string{"PATH=" + os.DevNull, "LC_ALL=C"} 
 // Started is a process that this one has started. It is not safe for concurrent
 // use.
 type Started struct {
-	host   *Host
+	keeper *Keeper
 	handle vmm.Handle
 	child  child
 }
@@ -68,16 +68,16 @@ type child interface {
 
 // Start starts a process. It has not yet opened the files that it opens by name.
 // The caller calls Watch, or Abort, and Settled when the files are open.
-func (h *Host) Start(ctx context.Context, l Launch) (_ *Started, err error) {
+func (k *Keeper) Start(ctx context.Context, l Launch) (_ *Started, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
-	c, err := h.start(ctx, l)
+	c, err := k.start(ctx, l)
 	if err != nil {
 		return nil, err
 	}
-	s := &Started{host: h, handle: l.Handle, child: c}
+	s := &Started{keeper: k, handle: l.Handle, child: c}
 	u.Add(func() error { return s.Abort(ctx) })
-	s.handle.Engine, s.handle.PID, s.handle.Jailed = h.Engine, c.pid(), c.jailed()
+	s.handle.Engine, s.handle.PID, s.handle.Jailed = k.Engine, c.pid(), c.jailed()
 	if s.handle.StartTime, err = linux.StartTime(c.pid()); err != nil {
 		return nil, err
 	}
@@ -123,11 +123,11 @@ func (s *Started) Listens(ctx context.Context, name string) error {
 
 // Watch hands the process over to a goroutine that waits for its end.
 func (s *Started) Watch(hooks Hooks) *Process {
-	return s.host.watch(s.handle, s.child, s.child.group(), hooks)
+	return s.keeper.watch(s.handle, s.child, s.child.group(), hooks)
 }
 
-func (h *Host) start(ctx context.Context, l Launch) (child, error) {
-	if h.Jail != nil {
+func (k *Keeper) start(ctx context.Context, l Launch) (child, error) {
+	if k.Jail != nil {
 		p, err := l.Cell.Start(ctx, jail.Job{
 			Args: l.Args, Env: Environment(), Output: l.Output, Files: l.Files, Opens: l.Opens, Before: l.Before,
 			Limits: groupLimits(l.Limits), FileBytes: l.FileBytes, DieWithParent: l.DieWithParent,

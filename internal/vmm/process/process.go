@@ -35,7 +35,7 @@ type Hooks struct {
 // machine it is the part of vmm.VM that does not depend on the monitor.
 type Process struct {
 	handle vmm.Handle
-	host   *Host
+	keeper *Keeper
 	life   life
 	group  *cgroup.Group // nil if it has none
 	hooks  Hooks
@@ -53,8 +53,8 @@ type life interface {
 	kill() error
 }
 
-func (h *Host) watch(handle vmm.Handle, l life, group *cgroup.Group, hooks Hooks) *Process {
-	p := &Process{handle: handle, host: h, life: l, group: group, hooks: hooks, done: make(chan struct{})}
+func (k *Keeper) watch(handle vmm.Handle, l life, group *cgroup.Group, hooks Hooks) *Process {
+	p := &Process{handle: handle, keeper: k, life: l, group: group, hooks: hooks, done: make(chan struct{})}
 	go p.watch()
 	return p
 }
@@ -68,7 +68,7 @@ func (p *Process) watch() {
 	oom := p.release()
 	p.mu.Lock()
 	if err != nil && !p.killed {
-		p.err = fmt.Errorf("%w: %s ended: %w", errdef.ErrUnavailable, p.host.Monitor, err)
+		p.err = fmt.Errorf("%w: %s ended: %w", errdef.ErrUnavailable, p.keeper.Monitor, err)
 		if p.hooks.Explain != nil {
 			p.err = p.hooks.Explain(p.err)
 		}
@@ -88,7 +88,7 @@ func (p *Process) watch() {
 func (p *Process) release() (oom bool) {
 	kills, err := jail.Release(context.Background(), p.group)
 	if err != nil {
-		p.host.Logger.Warn("control group not removed", "group", p.handle.Group, "error", err)
+		p.keeper.Logger.Warn("control group not removed", "group", p.handle.Group, "error", err)
 	}
 	return kills > 0
 }

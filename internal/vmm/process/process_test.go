@@ -45,8 +45,8 @@ func act(what string) {
 	os.Exit(0)
 }
 
-func host() *process.Host {
-	return &process.Host{Engine: "test", Monitor: "The monitor", Logger: slog.New(slog.DiscardHandler)}
+func keeper() *process.Keeper {
+	return &process.Keeper{Engine: "test", Monitor: "The monitor", Logger: slog.New(slog.DiscardHandler)}
 }
 
 func launch(t *testing.T, what string) (process.Launch, string) {
@@ -70,7 +70,7 @@ func launch(t *testing.T, what string) (process.Launch, string) {
 func start(t *testing.T, what string, hooks process.Hooks) (*process.Process, string) {
 	t.Helper()
 	l, path := launch(t, what)
-	s, err := host().Start(t.Context(), l)
+	s, err := keeper().Start(t.Context(), l)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,11 +148,11 @@ func TestAdopt(t *testing.T) {
 	} {
 		other := handle
 		change(&other)
-		if _, err := host().Adopt(other, process.Hooks{}); !errors.Is(err, errdef.ErrNotFound) {
+		if _, err := keeper().Adopt(other, process.Hooks{}); !errors.Is(err, errdef.ErrNotFound) {
 			t.Errorf("another %s: %v", name, err)
 		}
 	}
-	again, err := host().Adopt(handle, process.Hooks{})
+	again, err := keeper().Adopt(handle, process.Hooks{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +166,7 @@ func TestAdopt(t *testing.T) {
 	if err = p.Err(); err == nil {
 		t.Error("the first owner was told of no error")
 	}
-	if _, err = host().Adopt(handle, process.Hooks{}); !errors.Is(err, errdef.ErrNotFound) {
+	if _, err = keeper().Adopt(handle, process.Hooks{}); !errors.Is(err, errdef.ErrNotFound) {
 		t.Errorf("of a dead process: %v", err)
 	}
 }
@@ -176,16 +176,16 @@ func TestWithoutJail(t *testing.T) {
 	t.Parallel()
 	l, _ := launch(t, "wait")
 	l.Limits.MemoryMiB = 100
-	if _, err := host().Start(t.Context(), l); !errors.Is(err, errdef.ErrUnsupported) {
+	if _, err := keeper().Start(t.Context(), l); !errors.Is(err, errdef.ErrUnsupported) {
 		t.Errorf("limits: %v", err)
 	}
-	if _, err := host().TakeCell(t.Context(), true); !errors.Is(err, errdef.ErrUnsupported) {
+	if _, err := keeper().TakeCell(t.Context(), true); !errors.Is(err, errdef.ErrUnsupported) {
 		t.Errorf("network: %v", err)
 	}
-	if c, err := host().TakeCell(t.Context(), false); c != nil || err != nil {
+	if c, err := keeper().TakeCell(t.Context(), false); c != nil || err != nil {
 		t.Errorf("cell %v, %v", c, err)
 	}
-	caps := host().Caps(vmm.Caps{MaxVCPUs: 3})
+	caps := keeper().Caps(vmm.Caps{MaxVCPUs: 3})
 	if caps.MaxVCPUs != 3 || caps.Jail || len(caps.JailLacks) == 0 {
 		t.Errorf("caps %+v", caps)
 	}

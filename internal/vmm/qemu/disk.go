@@ -93,7 +93,7 @@ func checkDisk(path string, i int, size int64) error {
 }
 
 func (l *launcher) blockdev(name, path, below string, readOnly bool) error {
-	if l.engine.host.Jail != nil {
+	if l.engine.keeper.Jail != nil {
 		set := diskSet(name)
 		files, err := openDisk(path, readOnly)
 		if err != nil {

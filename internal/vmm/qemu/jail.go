@@ -25,7 +25,7 @@ func (e *Engine) openJail(ctx context.Context, cfg jail.Config) (err error) {
 			return err
 		}
 	}
-	e.host.Jail, err = jail.Open(ctx, cfg)
+	e.keeper.Jail, err = jail.Open(ctx, cfg)
 	return err
 }
 

@@ -35,7 +35,7 @@ type launcher struct {
 	device string              // the disk itself, if there is one
 	gate   *gate               // of a deterministic machine
 	bare   bool                // device state comes without configuration
-	files  []*os.File          // handed down from Host.FirstFile on
+	files  []*os.File          // handed down from Keeper.FirstFile on
 	opened []*os.File          // those of files that are ours to close
 	names  map[string]*os.File // what QEMU opens by name, ours to close
 	cell   *jail.Cell          // where it is to run; nil without a jail
@@ -51,13 +51,13 @@ func newLauncher(e *Engine, spec vmm.Common) *launcher {
 // give hands f down and returns the descriptor it will have in the child.
 func (l *launcher) give(f *os.File) int {
 	l.files = append(l.files, f)
-	return l.engine.host.FirstFile() + len(l.files) - 1
+	return l.engine.keeper.FirstFile() + len(l.files) - 1
 }
 
 // open opens a file that QEMU is to open by its name. In the jail it gets what is
 // opened here, and can do with it no more than flags say.
 func (l *launcher) open(path string, flags int) error {
-	if l.engine.host.Jail == nil {
+	if l.engine.keeper.Jail == nil {
 		return nil // it has the daemon's rights
 	}
 	f, err := os.OpenFile(path, flags, 0o600)
@@ -127,14 +127,14 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	if l.cell, err = l.engine.host.TakeCell(ctx, l.spec.Machine.Net); err != nil {
+	if l.cell, err = l.engine.keeper.TakeCell(ctx, l.spec.Machine.Net); err != nil {
 		return nil, err
 	}
 	out, err := l.complete()
 	if err != nil {
 		return nil, errors.Join(err, process.LeaveCell(l.cell))
 	}
-	p, err := l.engine.host.Start(ctx, process.Launch{
+	p, err := l.engine.keeper.Start(ctx, process.Launch{
 		Handle: vmm.Handle{Dir: l.spec.Dir, Memory: l.image, Disk: l.disks, Link: l.links},
 		Binary: l.engine.binary, Args: l.args, Cell: l.cell, Output: out, Files: l.files, Opens: l.names,
 		FileBytes: l.largestFile(), Limits: l.spec.Limits, DieWithParent: l.spec.DieWithParent,
@@ -167,7 +167,7 @@ func (l *launcher) complete() (out *os.File, err error) {
 	for _, f := range l.link {
 		l.links = append(l.links, l.give(f))
 	}
-	if l.engine.host.Jail != nil && l.engine.accel == KVM {
+	if l.engine.keeper.Jail != nil && l.engine.accel == KVM {
 		if err = l.open(kvmDevice, os.O_RDWR); err != nil {
 			return nil, err
 		}

@@ -55,7 +55,8 @@ type Engine struct {
 	binary  string
 	accel   Accel
 	version string
-	host    process.Host
+	host    *vmm.Host // with KVM
+	keeper  process.Keeper
 }
 
 var _ vmm.Engine = (*Engine)(nil)
@@ -81,9 +82,16 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if e.accel == "" {
 		e.accel = TCG
 	}
-	e.host = process.Host{Engine: e.Name(), Monitor: "QEMU", Logger: cfg.Logger}
-	if e.host.Logger == nil {
-		e.host.Logger = slog.New(slog.DiscardHandler)
+	e.keeper = process.Keeper{Engine: e.Name(), Monitor: "QEMU", Logger: cfg.Logger}
+	if e.keeper.Logger == nil {
+		e.keeper.Logger = slog.New(slog.DiscardHandler)
+	}
+	if e.accel == KVM { // guests see the host's CPU, and KVM keeps part of their state
+		host, hostErr := vmm.ThisHost()
+		if hostErr != nil {
+			return nil, hostErr
+		}
+		e.host = &host
 	}
 	if cfg.Jail != nil {
 		if err = e.openJail(ctx, *cfg.Jail); err != nil {
@@ -110,17 +118,17 @@ func (e *Engine) Version() string { return e.version }
 // Caps says what QEMU can do with this accelerator.
 func (e *Engine) Caps() vmm.Caps {
 	caps := vmm.Caps{
-		Hardware: e.accel == KVM, MaxVCPUs: 16,
+		Hardware: e.accel == KVM, Host: e.host, MaxVCPUs: 16,
 		Deterministic: e.accel == TCG, Model: vmm.Model{Machine: "pc", CPU: deterministicModel},
 	}
-	return e.host.Caps(caps)
+	return e.keeper.Caps(caps)
 }
 
 // Sweep removes the control groups of machines that are no more.
-func (e *Engine) Sweep(ctx context.Context) error { return e.host.Sweep(ctx) }
+func (e *Engine) Sweep(ctx context.Context) error { return e.keeper.Sweep(ctx) }
 
 // Close ends the launchers that wait for machines.
-func (e *Engine) Close() error { return e.host.Close() }
+func (e *Engine) Close() error { return e.keeper.Close() }
 
 // Start boots a machine.
 func (e *Engine) Start(ctx context.Context, spec vmm.StartSpec) (vmm.VM, error) {
@@ -213,7 +221,7 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (vmm.VM, err
 func (e *Engine) Adopt(_ context.Context, h vmm.Handle) (vmm.VM, error) {
 	m := &machine{handle: h}
 	var err error
-	if m.Process, err = e.host.Adopt(h, m.hooks()); err != nil {
+	if m.Process, err = e.keeper.Adopt(h, m.hooks()); err != nil {
 		return nil, err
 	}
 	return m, nil

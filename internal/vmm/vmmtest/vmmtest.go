@@ -37,6 +37,7 @@ type Setup struct {
 // the same time.
 func Run(t *testing.T, s Setup) {
 	h := &harness{Setup: s, work: shortTempDir(t)}
+	t.Run("says-what-host-it-needs", h.saysHost)
 	t.Run("refuses-bad-shapes", h.refusesBadShapes)
 	t.Run("refuses-what-is-not-deterministic", h.refusesDeterministic)
 	t.Run("refuses-a-canceled-context", h.refusesCanceled)
@@ -58,6 +59,19 @@ func Run(t *testing.T, s Setup) {
 	t.Run("fill-fails", h.fillFails)
 	t.Run("restore-refuses-what-is-no-device-state", h.restoreRefusesDevice)
 	t.Run("image-is-never-written", h.imageUnchanged)
+}
+
+// saysHost: what hardware does with a machine's state is hardware's own.
+func (h *harness) saysHost(t *testing.T) {
+	caps := h.Engine.Caps()
+	switch {
+	case caps.Host != nil:
+		if err := errors.Join(caps.Host.Validate(), caps.Host.Accepts(*caps.Host)); err != nil {
+			t.Error(err)
+		}
+	case caps.Hardware:
+		t.Error("it runs guests on the CPU, and does not say on which")
+	}
 }
 
 type harness struct {

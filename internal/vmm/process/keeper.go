@@ -17,8 +17,8 @@ import (
 	"github.com/tinevm/tine/internal/vmm"
 )
 
-// Host is where the processes of one engine live. It is safe for concurrent use.
-type Host struct {
+// Keeper is where the processes of one engine live. It is safe for concurrent use.
+type Keeper struct {
 	// Engine is the name of the engine, for handles, and Monitor what its processes
 	// are called in errors.
 	Engine, Monitor string
@@ -29,20 +29,20 @@ type Host struct {
 }
 
 // Caps adds what the jail has to the abilities of an engine.
-func (h *Host) Caps(caps vmm.Caps) vmm.Caps {
-	if h.Jail == nil {
+func (k *Keeper) Caps(caps vmm.Caps) vmm.Caps {
+	if k.Jail == nil {
 		caps.JailLacks = []string{"everything: monitors run as the daemon's user"}
 		return caps
 	}
-	level := h.Jail.Level()
+	level := k.Jail.Level()
 	caps.Jail, caps.Net, caps.JailLacks = true, level.NoLink == nil, level.Missing
 	caps.Limits = vmm.LimitSupport{Memory: level.Groups.Memory, CPU: level.Groups.CPU, PIDs: level.Groups.PIDs, IO: level.Groups.IO}
 	return caps
 }
 
 // FirstFile is the descriptor that the first of Launch.Files has in the process.
-func (h *Host) FirstFile() int {
-	if h.Jail != nil {
+func (k *Keeper) FirstFile() int {
+	if k.Jail != nil {
 		return jail.FirstFile
 	}
 	return 3 // behind the standard streams
@@ -50,16 +50,16 @@ func (h *Host) FirstFile() int {
 
 // TakeCell takes a cell for a machine, with a network if it has a card. Without a
 // jail there is none, and no network.
-func (h *Host) TakeCell(ctx context.Context, net bool) (*jail.Cell, error) {
+func (k *Keeper) TakeCell(ctx context.Context, net bool) (*jail.Cell, error) {
 	switch {
-	case h.Jail == nil && !net:
+	case k.Jail == nil && !net:
 		return nil, nil
-	case h.Jail == nil:
+	case k.Jail == nil:
 		return nil, noNetwork(errors.New("a machine without a jail"))
-	case net && h.Jail.Level().NoLink != nil:
-		return nil, noNetwork(h.Jail.Level().NoLink)
+	case net && k.Jail.Level().NoLink != nil:
+		return nil, noNetwork(k.Jail.Level().NoLink)
 	}
-	return h.Jail.Take(ctx, net)
+	return k.Jail.Take(ctx, net)
 }
 
 func noNetwork(why error) error {
@@ -68,12 +68,12 @@ func noNetwork(why error) error {
 
 // Adopt takes over the process that an earlier daemon has left behind, and returns
 // errdef.ErrNotFound when it is not there any more.
-func (h *Host) Adopt(handle vmm.Handle, hooks Hooks) (*Process, error) {
+func (k *Keeper) Adopt(handle vmm.Handle, hooks Hooks) (*Process, error) {
 	boot, err := linux.BootID()
 	if err != nil {
 		return nil, err
 	}
-	if handle.Engine != h.Engine || handle.BootID != boot {
+	if handle.Engine != k.Engine || handle.BootID != boot {
 		return nil, fmt.Errorf("%w: machine in %s", errdef.ErrNotFound, handle.Dir)
 	}
 	found, err := linux.OpenProcess(handle.PID, handle.StartTime)
@@ -81,39 +81,39 @@ func (h *Host) Adopt(handle vmm.Handle, hooks Hooks) (*Process, error) {
 		return nil, fmt.Errorf("adopt machine in %s: %w", handle.Dir, err)
 	}
 	release := func() {}
-	if h.Jail != nil && len(handle.Link) > 0 {
-		release = h.Jail.Adopt()
+	if k.Jail != nil && len(handle.Link) > 0 {
+		release = k.Jail.Adopt()
 	}
-	return h.watch(handle, &adopted{p: found, release: release}, h.group(handle), hooks), nil
+	return k.watch(handle, &adopted{p: found, release: release}, k.group(handle), hooks), nil
 }
 
 // group finds the control group of a process that an earlier daemon started.
-func (h *Host) group(handle vmm.Handle) *cgroup.Group {
-	if h.Jail == nil || handle.Group == "" {
+func (k *Keeper) group(handle vmm.Handle) *cgroup.Group {
+	if k.Jail == nil || handle.Group == "" {
 		return nil
 	}
-	group, err := h.Jail.Group(handle.PID, handle.Group)
+	group, err := k.Jail.Group(handle.PID, handle.Group)
 	if err != nil {
-		h.Logger.Warn("control group of a machine is not there", "group", handle.Group, "error", err)
+		k.Logger.Warn("control group of a machine is not there", "group", handle.Group, "error", err)
 		return nil
 	}
 	return group
 }
 
 // Sweep removes the control groups of processes that are no more.
-func (h *Host) Sweep(ctx context.Context) error {
-	if h.Jail == nil {
+func (k *Keeper) Sweep(ctx context.Context) error {
+	if k.Jail == nil {
 		return nil
 	}
-	return h.Jail.Sweep(ctx)
+	return k.Jail.Sweep(ctx)
 }
 
 // Close ends the launchers that wait for work.
-func (h *Host) Close() error {
-	if h.Jail == nil {
+func (k *Keeper) Close() error {
+	if k.Jail == nil {
 		return nil
 	}
-	return h.Jail.Close()
+	return k.Jail.Close()
 }
 
 // adopted is a process that an earlier daemon started.
