@@ -32,7 +32,7 @@ const loaderCache = "/etc/ld.so.cache"
 // It is made of copies, so that a launcher puts one mount in place and not one
 // for each file. A tree that is there already is used again.
 func makeTree(ctx context.Context, dir, program string, others []string) (string, error) {
-	files, err := closure(ctx, program, others)
+	files, err := Closure(ctx, program, others)
 	if err != nil {
 		return "", fmt.Errorf("find what %s needs: %w", program, err)
 	}
@@ -66,9 +66,9 @@ func makeTree(ctx context.Context, dir, program string, others []string) (string
 	return path, nil
 }
 
-// closure are the files, with what those of them that are programs or shared
-// libraries are linked with, sorted.
-func closure(ctx context.Context, program string, others []string) ([]string, error) {
+// Closure is the paths of the program and the other files, and of what those of
+// them that are programs or shared libraries are linked with, sorted.
+func Closure(ctx context.Context, program string, others []string) ([]string, error) {
 	found := map[string]bool{}
 	for _, file := range append([]string{program}, others...) {
 		found[file] = true
