@@ -10,7 +10,7 @@ GENERATE      := $(GO) tool -modfile=tools/go.mod oapi-codegen
 # The race detector needs a C compiler, which a fresh machine may not have.
 RACE           = $(if $(filter 1,$(shell $(GO) env CGO_ENABLED)),-race)
 # Packages with tests that boot machines: those with a file NAME_vm_test.go.
-VM_PACKAGES    = $(sort $(dir $(shell find ./internal ./client ./cmd -name '*_vm_test.go')))
+VM_PACKAGES    = $(filter-out ./internal/kvmtest/,$(sort $(dir $(shell find ./internal ./client ./cmd -name '*_vm_test.go'))))
 
 .DEFAULT_GOAL := help
 
@@ -52,6 +52,11 @@ test-unit: ## run the tests that boot nothing; they need no root and no network
 .PHONY: test-vm
 test-vm: setup-tests build ## run the tests that boot virtual machines
 	$(GO) test -tags vm -count 1 -p 2 -timeout 15m $(VM_PACKAGES)
+
+# These take both processors, so nothing else runs beside them.
+.PHONY: test-kvm
+test-kvm: setup-tests build ## run those of the engines that need KVM, in an emulated machine that has it
+	$(GO) test -tags vm -count 1 -v -timeout 30m ./internal/kvmtest
 
 .PHONY: fuzz
 fuzz: ## run each fuzz test for FUZZTIME (10s)

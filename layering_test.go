@@ -120,6 +120,7 @@ var mayImport = map[string][]string{
 		"internal/guestmem", "internal/image", "internal/metrics", "internal/progress", "internal/publish", "internal/record", "internal/sandbox",
 		"internal/snapshot", "internal/vmm", "internal/vmm/fake", "internal/wire", "internal/workspace",
 	},
+	"internal/kvmtest": {},
 	"internal/vmm/fake": {
 		"internal/agent", "internal/errdef", "internal/guestmem", "internal/linux", "internal/undo", "internal/vmm",
 	},
@@ -134,7 +135,7 @@ var mayImport = map[string][]string{
 // onlyForTests are packages that no program may contain. Any test may import
 // them, and they may import each other.
 var onlyForTests = []string{
-	"internal/api/apitest", "internal/vmm/fake", "internal/vmm/firecracker/apitest", "internal/vmm/vmmtest", "internal/vmtest",
+	"internal/api/apitest", "internal/kvmtest", "internal/vmm/fake", "internal/vmm/firecracker/apitest", "internal/vmm/vmmtest", "internal/vmtest",
 }
 
 // testsMayImport is what a package's tests may import beside the package, its
@@ -149,6 +150,7 @@ var testsMayImport = map[string][]string{
 	"internal/daemon":        {"internal/guest", "internal/linux"},
 	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},
 	"internal/guest":         {"internal/agent"},
+	"internal/kvmtest":       {"internal/image", "internal/jail"},
 	"internal/sandbox":       {"internal/network", "internal/vmm/qemu"},
 
 	"internal/vmm/qemu":  {"internal/guest", "internal/image", "internal/linux"},
@@ -160,7 +162,7 @@ var testsMayImport = map[string][]string{
 var plain = []string{
 	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/deadline", "internal/durable", "internal/errdef",
 	"internal/guest",
-	"internal/guestproto", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
+	"internal/guestproto", "internal/kvmtest", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
 }
 
 // source is one Go file.

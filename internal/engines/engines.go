@@ -93,7 +93,9 @@ func newHost(cfg Config) *host {
 	h := &host{
 		cfg: cfg, log: cfg.Logger,
 		cpuinfo: "/proc/cpuinfo", device: "/dev/kvm",
-		romBound: 2 * time.Second, kernelBound: 5 * time.Second,
+		// Many times what a good host takes: a slow one, as an emulated one is, must
+		// not be taken for a broken one.
+		romBound: 20 * time.Second, kernelBound: time.Minute,
 	}
 	if h.cfg.QEMU == "" {
 		h.cfg.QEMU = "qemu-system-x86_64"

@@ -46,6 +46,10 @@ func TestChoose(t *testing.T) {
 			change: func(_ *testing.T, h *host) { h.kernelBound = 50 * time.Millisecond },
 			reason: "/dev/kvm opens, but a kernel in a probe machine had not ended after 50ms",
 		},
+		"breaks": {
+			behaviour: "breaks", auto: QEMUTCG, hint: "rm ", runs: 1,
+			reason: `/dev/kvm opens, but a probe machine broke down: "KVM internal error. Suberror: 1"`,
+		},
 		"refuses": {
 			behaviour: "refuses", auto: QEMUTCG, hint: "rm ", runs: 1,
 			reason: `/dev/kvm opens, but a probe machine ended with status 1: "Could not access KVM kernel module"`,

@@ -38,6 +38,9 @@ func fakeQEMU(behaviour string) int {
 	switch {
 	case behaviour == "hangs", behaviour == "hangs-with-kernel" && kernel:
 		time.Sleep(time.Hour)
+	case behaviour == "breaks":
+		fmt.Fprintln(os.Stderr, "KVM internal error. Suberror: 1")
+		time.Sleep(time.Hour)
 	case behaviour == "floods":
 		for {
 			fmt.Fprintln(os.Stderr, strings.Repeat("x", 1<<16))

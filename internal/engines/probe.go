@@ -78,6 +78,7 @@ func machine(accel qemu.Accel, memory string) []string {
 // ending is how a probe machine's QEMU ended, and the end of what it said.
 type ending struct {
 	late    time.Duration // the bound after which it was killed, or 0
+	broken  bool          // it was killed because KVM could not go on
 	status  int
 	console string // the guest's words
 	errors  string // QEMU's own
@@ -86,7 +87,10 @@ type ending struct {
 // String completes a sentence that begins with the machine.
 func (e ending) String() string {
 	how := fmt.Sprintf("ended with status %d", e.status)
-	if e.late != 0 {
+	switch {
+	case e.broken:
+		how = "broke down"
+	case e.late != 0:
 		how = fmt.Sprintf("had not ended after %v", e.late)
 	}
 	if line := telling(e.errors, e.console); line != "" {
@@ -107,14 +111,20 @@ func telling(qemuSaid, guestSaid string) string {
 	return strings.TrimSpace(guestSaid[strings.LastIndexByte(guestSaid, '\n')+1:])
 }
 
-// run runs QEMU until it ends, and kills it after bound. The thread stays this
+// kvmBroken is what QEMU says when KVM cannot go on with a machine. QEMU itself
+// stays, and so does the machine, for somebody to look at.
+const kvmBroken = "KVM internal error"
+
+// run runs QEMU until it ends, and kills it after bound, or when KVM cannot go
+// on. The thread stays this
 // goroutine's meanwhile, because a child's death signal comes when the thread
 // that started it ends.
 func (h *host) run(ctx context.Context, bound time.Duration, args []string, files ...*os.File) (ending, error) {
 	bounded, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
 	cmd := exec.CommandContext(bounded, h.cfg.QEMU, args...)
-	var console, said tail
+	var console tail
+	said := tail{word: kvmBroken, heard: cancel}
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = &console, &said, files
 	cmd.Env = []string{"PATH=" + os.DevNull, "LC_ALL=C"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
@@ -130,20 +140,30 @@ func (h *host) run(ctx context.Context, bound time.Duration, args []string, file
 		return ending{}, fmt.Errorf("run QEMU: %w", err)
 	}
 	end := ending{status: cmd.ProcessState.ExitCode(), console: console.String(), errors: said.String()}
-	if errors.Is(bounded.Err(), context.DeadlineExceeded) && end.status < 0 {
-		end.late = bound
+	if end.status < 0 { // it was killed
+		end.broken = strings.Contains(end.errors, kvmBroken)
+		if !end.broken && errors.Is(bounded.Err(), context.DeadlineExceeded) {
+			end.late = bound
+		}
 	}
 	return end, nil
 }
 
 // tail keeps the last words of one who may talk for ever.
-type tail struct{ text []byte }
+type tail struct {
+	text  []byte
+	word  string // if it is not empty, heard is called when this was said
+	heard func()
+}
 
 const maxTail = 16 << 10
 
 // Write takes words as they come.
 func (t *tail) Write(p []byte) (int, error) {
 	t.text = append(t.text, p[max(0, len(p)-maxTail):]...)
+	if t.word != "" && bytes.Contains(t.text, []byte(t.word)) {
+		t.heard()
+	}
 	if extra := len(t.text) - maxTail; extra > 0 {
 		t.text = append(t.text[:0], t.text[extra:]...)
 	}

@@ -69,7 +69,7 @@ func kernelFiles(t *testing.T, dir string) *bundle {
 
 func TestInitrd(t *testing.T) {
 	t.Parallel()
-	set, err := loadModules(kernelFiles(t, kernelTree(t)))
+	set, err := loadModules(kernelFiles(t, kernelTree(t)), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -164,7 +164,7 @@ func TestModuleDependencies(t *testing.T) {
 				writeFile(t, filepath.Join(tree, "lib/modules/6/kernel", mod+".ko"), string(koFile(tc.info[mod]...)))
 			}
 			writeFile(t, filepath.Join(tree, "lib/modules/6/modules.builtin"), "kernel/crypto/crc32c_generic.ko\n")
-			if _, err := loadModules(kernelFiles(t, tree)); !errors.Is(err, tc.want) {
+			if _, err := loadModules(kernelFiles(t, tree), nil); !errors.Is(err, tc.want) {
 				t.Errorf("got %v, want %v", err, tc.want)
 			}
 		})
@@ -175,10 +175,10 @@ func TestModulesRequired(t *testing.T) {
 	t.Parallel()
 	tree := t.TempDir()
 	writeFile(t, filepath.Join(tree, "lib/modules/6/kernel/overlay.ko"), string(koFile("depends=")))
-	if _, err := loadModules(kernelFiles(t, tree)); !errors.Is(err, errdef.ErrNotFound) {
+	if _, err := loadModules(kernelFiles(t, tree), nil); !errors.Is(err, errdef.ErrNotFound) {
 		t.Errorf("got %v, want %v", err, errdef.ErrNotFound)
 	}
-	if set, err := loadModules(kernelFiles(t, t.TempDir())); err != nil || len(set.content) != 0 {
+	if set, err := loadModules(kernelFiles(t, t.TempDir()), nil); err != nil || len(set.content) != 0 {
 		t.Errorf("a kernel without modules: %v", err)
 	}
 }

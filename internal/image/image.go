@@ -41,6 +41,10 @@ type Config struct {
 	Dir string
 	// Agent is the path of the static guest agent that becomes /init.
 	Agent string
+	// Modules names modules that the kernel must have and that initramfs's get
+	// beside those that every guest needs. The file modules/order.d/more of the
+	// initramfs has the order to load them in.
+	Modules []string
 	// Logger receives what is not worth an error; nil discards it.
 	Logger *slog.Logger
 	// Limits bound what one source may unpack; zero fields mean the defaults.
@@ -74,10 +78,11 @@ func (c Config) Validate() error {
 // Store keeps images in one directory. It is safe for concurrent use, by
 // several processes too.
 type Store struct {
-	dir    string
-	agent  string
-	log    *slog.Logger
-	limits Limits
+	dir     string
+	agent   string
+	modules []string
+	log     *slog.Logger
+	limits  Limits
 }
 
 // Image is one stored image.
@@ -152,7 +157,7 @@ func Open(c Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open image store %s: %w", c.Dir, err)
 	}
-	s := &Store{dir: dir, agent: c.Agent, log: c.Logger, limits: c.Limits}
+	s := &Store{dir: dir, agent: c.Agent, modules: c.Modules, log: c.Logger, limits: c.Limits}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -59,7 +59,7 @@ func (s *Store) kernel(ctx context.Context, src kernelSource, refresh bool) (ker
 	if err != nil {
 		return kernelArtifact{}, false, err
 	}
-	key, err := cacheKey("kernel", id, moduleNeeds())
+	key, err := cacheKey("kernel", id, moduleNeeds(s.modules))
 	if err != nil {
 		return kernelArtifact{}, false, err
 	}
@@ -99,7 +99,7 @@ func (s *Store) buildKernel(ctx context.Context, src kernelSource, scratch strin
 	if err != nil {
 		return kernelArtifact{}, err
 	}
-	set, err := loadModules(files)
+	set, err := loadModules(files, s.modules)
 	if err != nil {
 		return kernelArtifact{}, fmt.Errorf("read modules of kernel %s: %w", version, err)
 	}

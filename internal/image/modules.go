@@ -46,14 +46,20 @@ var (
 	}
 )
 
+// moreModules is the feature of the modules that a store's owner asks for.
+const moreModules = "more"
+
 // moduleNeeds is all that decides which modules of a kernel are taken.
-func moduleNeeds() []string {
+func moduleNeeds(more []string) []string {
 	var all []string
 	for _, b := range bootModules {
 		all = append(all, b.name)
 	}
 	for _, f := range features {
 		all = append(all, f.name+":"+f.module)
+	}
+	for _, name := range more {
+		all = append(all, moreModules+":"+name)
 	}
 	return all
 }
@@ -70,9 +76,9 @@ type moduleSet struct {
 	orders  map[string][]string // by feature; "" is the order of boot
 }
 
-// loadModules finds the modules that guests need and orders them so that each
-// comes after those it depends on.
-func loadModules(files *bundle) (*moduleSet, error) {
+// loadModules finds the modules that guests need, and more, and orders them so
+// that each comes after those it depends on.
+func loadModules(files *bundle, more []string) (*moduleSet, error) {
 	m := &moduleSet{
 		files: files, paths: map[string]string{}, built: map[string]bool{},
 		content: map[string][]byte{}, orders: map[string][]string{},
@@ -101,6 +107,12 @@ func loadModules(files *bundle) (*moduleSet, error) {
 	}
 	for _, f := range features {
 		if err := m.loadIf(false, f.module, f.name, maps.Clone(boot)); err != nil {
+			return nil, err
+		}
+	}
+	seen := maps.Clone(boot)
+	for _, name := range more {
+		if err := m.load(strings.ReplaceAll(name, "-", "_"), moreModules, seen); err != nil {
 			return nil, err
 		}
 	}
@@ -253,6 +265,9 @@ func (m *moduleSet) writeCPIO(w io.Writer) error {
 	c.text("modules/order", m.order(""))
 	for _, f := range features {
 		c.text("modules/order.d/"+f.name, m.order(f.name))
+	}
+	if order := m.order(moreModules); order != "" {
+		c.text("modules/order.d/"+moreModules, order)
 	}
 	for _, name := range slices.Sorted(maps.Keys(m.content)) {
 		content := m.content[name]

@@ -33,7 +33,7 @@ const loaderCache = "/etc/ld.so.cache"
 // for each file. It also has empty directories for mounts, which lie in its root.
 // A tree that is there already is used again.
 func makeTree(ctx context.Context, dir, program string, others []string, mounts ...string) (string, error) {
-	files, err := closure(ctx, program, others)
+	files, err := Closure(ctx, program, others)
 	if err != nil {
 		return "", fmt.Errorf("find what %s needs: %w", program, err)
 	}
@@ -79,9 +79,9 @@ func makeTree(ctx context.Context, dir, program string, others []string, mounts 
 	return path, nil
 }
 
-// closure are the files, with what those of them that are programs or shared
-// libraries are linked with, sorted.
-func closure(ctx context.Context, program string, others []string) ([]string, error) {
+// Closure is the paths of the program and the other files, and of what those of
+// them that are programs or shared libraries are linked with, sorted.
+func Closure(ctx context.Context, program string, others []string) ([]string, error) {
 	found := map[string]bool{}
 	for _, file := range append([]string{program}, others...) {
 		found[file] = true

@@ -1,0 +1,154 @@
+//go:build vm
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tinevm/tine/internal/image"
+	"github.com/tinevm/tine/internal/vmtest"
+)
+
+// outerTime bounds the life of the outer guest.
+const outerTime = 20 * time.Minute
+
+// modules are those that the outer guest needs beside what every guest has: KVM,
+// and what jail and network of an inner guest are made of.
+func modules() []string {
+	return []string{"kvm_amd", "tun", "nf_tables", "nft_tproxy", "nft_limit", "vhost_vsock", "loop"}
+}
+
+func nonce(t *testing.T) string {
+	t.Helper()
+	return rand.Text()
+}
+
+// cacheDir is where the outer guest's kernel and disk are.
+func cacheDir(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(vmtest.StateDir(t), "kvmtest")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// firstProcess builds this package's program.
+func firstProcess(t *testing.T) string {
+	t.Helper()
+	init := filepath.Join(cacheDir(t), "init")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-buildvcs=false", "-o", init, ".")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // nothing to link with is there yet
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build the first process: %v\n%s", err, out)
+	}
+	return init
+}
+
+// boot is the kernel of the outer guest, and its initramfs.
+func boot(t *testing.T, init string) image.Image {
+	t.Helper()
+	store, err := image.Open(image.Config{Dir: filepath.Join(cacheDir(t), "images"), Agent: init, Modules: modules()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The root of this image is not used: the disk has it.
+	img, _, err := store.Build(t.Context(), image.BuildRequest{Name: "outer", Source: "dir:" + t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = store.GC(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// outer runs the plan in an outer guest, passing on what the tests say, and
+// returns what it reported of each job, and whether that was all.
+func outer(t *testing.T, p plan, init, disk string) (map[int]result, bool) {
+	t.Helper()
+	img := boot(t, init)
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), outerTime)
+	defer cancel()
+	report, console := filepath.Join(cacheDir(t), "report"), filepath.Join(cacheDir(t), "console")
+	for _, path := range []string{report, console} {
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64",
+		"-name", "tine-outer", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+		"-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,check=off", "-smp", "2", "-m", "3072",
+		"-kernel", img.KernelPath(), "-initrd", img.InitrdPath(),
+		"-append", "console=ttyS0 panic=-1 mitigations=off cryptomgr.notests no_timer_check tsc=reliable",
+		"-drive", "if=none,id=disk,format=raw,cache=unsafe,discard=unmap,file="+disk, "-device", "virtio-blk-pci,drive=disk",
+		"-device", "virtio-rng-pci",
+		"-device", "virtio-serial-pci",
+		"-chardev", "file,id=output,path=/dev/stdout", "-device", "virtserialport,chardev=output,name="+outputPort,
+		"-chardev", "file,id=report,path="+report, "-device", "virtserialport,chardev=report,name="+resultPort,
+		"-chardev", "file,id=console,path="+console, "-serial", "chardev:console",
+	)
+	// Not os.Stdout itself: it may be a file, which QEMU would empty.
+	cmd.Stdout, cmd.Stderr = struct{ io.Writer }{os.Stdout}, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Run(); err != nil {
+		t.Errorf("the outer guest: %v", err)
+	}
+	t.Logf("the outer guest was there for %.0f s", time.Since(start).Seconds())
+	results, closed := readReport(t, p, report)
+	if !closed {
+		t.Logf("the outer guest's console:\n%s", tail(t, console))
+	}
+	return results, closed
+}
+
+// readReport reads what the outer guest has reported of this plan.
+func readReport(t *testing.T, p plan, path string) (results map[int]result, closed bool) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }() // only read
+	results = map[int]result{}
+	for values := json.NewDecoder(f); ; {
+		var line json.RawMessage
+		if err := values.Decode(&line); errors.Is(err, io.EOF) {
+			return results, closed
+		} else if err != nil {
+			t.Errorf("read report: %v", err)
+			return results, false
+		}
+		var c closing
+		if json.Unmarshal(line, &c) == nil && c.Nonce == p.Nonce && c.Jobs == len(p.Jobs) && c.Jobs > 0 {
+			closed = true
+			continue
+		}
+		var r result
+		if json.Unmarshal(line, &r) == nil && r.Nonce == p.Nonce {
+			results[r.Job] = r
+		}
+	}
+}
+
+func tail(t *testing.T, path string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const most = 8 << 10
+	return bytes.TrimSpace(data[max(0, len(data)-most):])
+}

@@ -1,0 +1,53 @@
+//go:build vm
+
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+)
+
+// suite is a package's tests with an engine.
+type suite struct {
+	engine, pkg string
+	tests       []string // those of the short form
+	only        []string // those of the long form; nil: all
+	without     []string // but for these
+}
+
+// chosen are the suites to run, and what is to be told of engines that have none.
+func chosen(t *testing.T) (suites []suite, missing []verdict) {
+	t.Helper()
+	suites = []suite{
+		{engine: qemuKVM, pkg: "internal/engines", tests: []string{"TestProbeKVM", "TestChooseHere"}, only: []string{"TestProbeKVM", "TestChooseHere"}},
+	}
+	if os.Getenv("FIRECRACKER") == "" {
+		missing = append(missing, verdict{engine: firecracker, text: "NOT RUN: firecracker: FIRECRACKER is not set"})
+	}
+	return suites, missing
+}
+
+// build makes the test programs of the suites' packages, and returns their paths.
+func build(t *testing.T, suites []suite) map[string]string {
+	t.Helper()
+	dir := filepath.Join(cacheDir(t), "tests")
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	programs := map[string]string{}
+	args := []string{"test", "-tags", "vm", "-c", "-o", dir + "/"}
+	for _, s := range suites {
+		if programs[s.pkg] == "" {
+			programs[s.pkg] = filepath.Join(dir, filepath.Base(s.pkg)+".test")
+			args = append(args, "./"+s.pkg)
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), "go", args...)
+	cmd.Dir = filepath.Join("..", "..")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build tests: %v\n%s", err, out)
+	}
+	return programs
+}
