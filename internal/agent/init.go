@@ -53,7 +53,7 @@ func RunInit(ctx context.Context, log *slog.Logger) error {
 	if b.deterministic() {
 		return a.serveDeterministic(&b)
 	}
-	if b.option(optLink, "virtio-serial") == "vsock" {
+	if b.vsock() {
 		return a.serveVsock(ctx)
 	}
 	port, err := openPort(deviceTime)
@@ -136,6 +136,11 @@ func (b *boot) readCmdline() error {
 
 func (b *boot) deterministic() bool { return b.option(optMode, "") == "deterministic" }
 
+// vsock: the machine's devices are on virtio-mmio, and the host speaks on vsock.
+func (b *boot) vsock() bool { return b.option(optLink, "virtio-serial") == "vsock" }
+
+func (b *boot) root() string { return b.option(optRoot, "/dev/pmem0") }
+
 func (b *boot) option(name, otherwise string) string {
 	for _, word := range b.cmdline {
 		if v, ok := strings.CutPrefix(word, name+"="); ok && v != "" {
@@ -153,24 +158,36 @@ func (b *boot) number(name string, otherwise int) int {
 	return otherwise
 }
 
-// loadModules loads what every machine needs, and what a disk and a network
-// card do if there are any.
+// loadModules loads what every machine needs, and what this one does.
 func (b *boot) loadModules() error {
-	lists := []string{"/modules/order"}
-	if b.option(optDisk, "") != "" {
-		lists = append(lists, "/modules/order.d/blk", "/modules/order.d/ext4")
-	}
-	if b.option(optNet, "") != "" {
-		lists = append(lists, "/modules/order.d/net")
-	}
-	if b.deterministic() {
-		lists = append(lists, "/modules/order.d/e820") // its root is memory to the kernel
-	}
-	var errs []error
-	for _, list := range lists {
-		errs = append(errs, b.loadList(list))
+	errs := []error{b.loadList("/modules/order")}
+	for _, feature := range b.features() {
+		errs = append(errs, b.loadList("/modules/order.d/"+feature))
 	}
 	return errors.Join(errs...)
+}
+
+// features are what the machine has beyond what all have, in the order in which
+// to load what they need: the bus comes before the devices on it.
+func (b *boot) features() []string {
+	var all []string
+	if b.vsock() {
+		all = append(all, "mmio", "rng", "vsock")
+	}
+	disk := b.option(optDisk, "") != ""
+	if disk || strings.HasPrefix(b.root(), "/dev/vd") {
+		all = append(all, "blk")
+	}
+	if disk {
+		all = append(all, "ext4")
+	}
+	if b.option(optNet, "") != "" {
+		all = append(all, "net")
+	}
+	if b.deterministic() {
+		all = append(all, "e820") // its root is memory to the kernel
+	}
+	return all
 }
 
 // loadList loads the modules that a file lists. A module that does not load may
@@ -212,7 +229,7 @@ func loadModule(path string) error {
 // mountRoot mounts the image, read only, and over it an overlay for what is
 // written.
 func (b *boot) mountRoot() error {
-	device := b.option(optRoot, "/dev/pmem0")
+	device := b.root()
 	if err := waitForDevice(device); err != nil {
 		return err
 	}

@@ -210,6 +210,27 @@ func TestBootOptions(t *testing.T) {
 	}
 }
 
+func TestBootFeatures(t *testing.T) {
+	t.Parallel()
+	for cmdline, want := range map[string]string{
+		"quiet":                           "",
+		"tine.link=virtio-serial":         "",
+		"tine.root=/dev/pmem0":            "",
+		"tine.root=/dev/vda":              "blk",
+		"tine.disk=/dev/vda tine.net=x":   "blk ext4 net",
+		"tine.mode=deterministic":         "e820",
+		"tine.link=vsock":                 "mmio rng vsock",
+		"tine.root=/dev/vda tine.net=x":   "blk net",
+		"tine.link=vsock tine.disk=/dev/": "mmio rng vsock blk ext4",
+		"tine.link=vsock tine.root=/dev/vda tine.disk=/dev/vdb tine.net=x": "mmio rng vsock blk ext4 net",
+	} {
+		b := boot{cmdline: strings.Fields(cmdline)}
+		if got := strings.Join(b.features(), " "); got != want {
+			t.Errorf("%s: %q, want %q", cmdline, got, want)
+		}
+	}
+}
+
 func TestPlain(t *testing.T) {
 	t.Parallel()
 	for s, want := range map[string]bool{"": false, "a": true, "A-9_.z": true, "a b": false, "a/b": false, "é": false, "a\n": false, "{": false, "@": false, "[": false, "`": false} {

@@ -82,7 +82,7 @@ func TestInitrd(t *testing.T) {
 	}
 	got, names := readCPIO(t, initrd.Bytes())
 	want := []string{
-		"modules", "modules/order", "modules/order.d", "modules/order.d/blk", "modules/order.d/e820", "modules/order.d/ext4", "modules/order.d/mmio", "modules/order.d/net", "modules/order.d/nvdimm", "modules/order.d/vsock",
+		"modules", "modules/order", "modules/order.d", "modules/order.d/blk", "modules/order.d/e820", "modules/order.d/ext4", "modules/order.d/mmio", "modules/order.d/net", "modules/order.d/nvdimm", "modules/order.d/rng", "modules/order.d/vsock",
 		"dev", "proc", "sys", "newroot", "dev/console", "dev/null", "init",
 	}
 	for name := range testModules() {
@@ -109,8 +109,10 @@ func TestInitrd(t *testing.T) {
 		t.Error(diff)
 	}
 	for feature, want := range map[string]string{
-		"blk": "/modules/shared.ko\n/modules/virtio_blk.ko\n", "net": "/modules/shared.ko\n/modules/virtio_net.ko\n", "vsock": "",
-		"ext4": "/modules/jbd2.ko\n/modules/mbcache.ko\n/modules/ext4.ko\n",
+		"blk": "/modules/shared.ko\n/modules/virtio_blk.ko\n", "net": "/modules/shared.ko\n/modules/virtio_net.ko\n",
+		"mmio": "/modules/virtio_mmio.ko\n", "rng": "/modules/virtio_rng.ko\n", "nvdimm": "/modules/nfit.ko\n", "e820": "",
+		"vsock": "/modules/vsock.ko\n/modules/vmw_vsock_virtio_transport_common.ko\n/modules/vmw_vsock_virtio_transport.ko\n",
+		"ext4":  "/modules/jbd2.ko\n/modules/mbcache.ko\n/modules/ext4.ko\n",
 	} {
 		if got := got["modules/order.d/"+feature].content; got != want {
 			t.Errorf("%s: %q, want %q", feature, got, want)

@@ -180,5 +180,7 @@ func testModules() map[string]string {
 		"nd_pmem": "libnvdimm,nd_btt", "nd_virtio": "virtio_ring,libnvdimm", "virtio_pmem": "nd_virtio,virtio,libnvdimm",
 		"libcrc32c": "crc32c_generic", "erofs": "libcrc32c", "overlay": "", "virtio-blk": "virtio,shared", "virtio_net": "shared,virtio_ring", "shared": "",
 		"ext4": "jbd2,mbcache", "jbd2": "", "mbcache": "", "unwanted": "",
+		"virtio_mmio": "virtio,virtio_ring", "virtio-rng": "virtio,virtio_ring", "vsock": "", "vmw_vsock_virtio_transport_common": "vsock",
+		"vmw_vsock_virtio_transport": "virtio,vmw_vsock_virtio_transport_common,virtio_ring,vsock",
 	}
 }

@@ -42,6 +42,7 @@ var (
 		{"mmio", "virtio_mmio"},
 		{"net", "virtio_net"},
 		{"nvdimm", "nfit"},
+		{"rng", "virtio_rng"},
 		{"vsock", "vmw_vsock_virtio_transport"},
 	}
 )
