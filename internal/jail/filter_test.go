@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"slices"
+	"strconv"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,9 @@ func interpret(p program, arch, number uint32, args ...uint64) (uint32, error) {
 				return 0, fmt.Errorf("instruction %d loads from %d", pc, in.K)
 			}
 			acc = binary.LittleEndian.Uint32(data[in.K:])
+			continue
+		case unix.BPF_ALU | unix.BPF_AND | unix.BPF_K:
+			acc &= in.K
 			continue
 		case unix.BPF_RET | unix.BPF_K:
 			return in.K, nil
@@ -109,16 +113,60 @@ func TestFilter(t *testing.T) {
 		{"openat-library", call{x86, unix.SYS_OPENAT, []uint64{0, 1, unix.O_RDONLY | unix.O_CLOEXEC}}, allow},
 		{"openat-write", call{x86, unix.SYS_OPENAT, []uint64{0, 1, unix.O_WRONLY}}, allow},
 	}
-	p := filter(false)
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			got, err := interpret(p, tt.call.arch, tt.call.number, tt.call.args...)
-			if err != nil || got != tt.want {
-				t.Errorf("answer %x, %v, want %x", got, err, tt.want)
-			}
-		})
+	// With files of its own a program is asked about more.
+	more := []string{"open-library", "openat-library"}
+	for _, own := range []bool{false, true} {
+		p := filter(own)
+		for _, tt := range tests {
+			t.Run(fmt.Sprintf("%s-%t", tt.name, own), func(t *testing.T) {
+				t.Parallel()
+				want := tt.want
+				if own && slices.Contains(more, tt.name) {
+					want = ask
+				}
+				got, err := interpret(p, tt.call.arch, tt.call.number, tt.call.args...)
+				if err != nil || got != want {
+					t.Errorf("answer %x, %v, want %x", got, err, want)
+				}
+			})
+		}
 	}
+}
+
+// What the filter of a program with files of its own says where others' say no.
+func TestFilterOwn(t *testing.T) {
+	t.Parallel()
+	const makes, anew = unix.O_WRONLY | unix.O_CREAT, unix.O_WRONLY | unix.O_CREAT | unix.O_TRUNC
+	const stream, flags = unix.SOCK_STREAM, unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
+	opening := map[uint64]uint32{
+		unix.O_RDONLY: ask, unix.O_RDWR: ask, makes: ask, anew: allow, unix.O_WRONLY: allow, unix.O_WRONLY | unix.O_TRUNC: allow,
+		unix.O_RDWR | unix.O_CREAT: allow, makes | unix.O_EXCL: allow, unix.O_RDONLY | unix.O_DIRECTORY: allow, unix.O_PATH: allow,
+	}
+	p := filter(true)
+	check := func(want, number uint32, args ...uint64) {
+		t.Helper()
+		if got, err := interpret(p, unix.AUDIT_ARCH_X86_64, number, args...); err != nil || got != want {
+			t.Errorf("answer to call %d with %x is %x, %v, want %x", number, args, got, err, want)
+		}
+	}
+	for how, want := range opening {
+		for _, with := range []uint64{0, unix.O_CLOEXEC, unix.O_NONBLOCK, largeFile, unix.O_CLOEXEC | unix.O_NONBLOCK | largeFile} {
+			check(want, unix.SYS_OPEN, 1, how|with)
+			check(want, unix.SYS_OPENAT, 0, 1, how|with)
+		}
+	}
+	check(allow, unix.SYS_SOCKET, unix.AF_UNIX, stream)
+	check(allow, unix.SYS_SOCKET, unix.AF_UNIX, stream|flags)
+	for domain := range uint64(64) {
+		for kind := range uint64(16) {
+			if domain != unix.AF_UNIX || kind != stream {
+				check(deny, unix.SYS_SOCKET, domain, kind|flags)
+			}
+		}
+	}
+	check(allow, unix.SYS_BIND, 3)
+	check(ask, unix.SYS_LISTEN, 3)
+	check(deny, unix.SYS_CONNECT, 3)
 }
 
 // TestFilterKnowsEveryCall: every number has the answer that its list says. A
@@ -126,8 +174,21 @@ func TestFilter(t *testing.T) {
 // would make another filter.
 func TestFilterKnowsEveryCall(t *testing.T) {
 	t.Parallel()
-	p := filter(false)
+	for _, own := range []bool{false, true} {
+		t.Run(strconv.FormatBool(own), func(t *testing.T) {
+			t.Parallel()
+			knowsEveryCall(t, own)
+		})
+	}
+}
+
+func knowsEveryCall(t *testing.T, own bool) {
+	t.Helper()
+	p := filter(own)
 	special := []uint32{unix.SYS_OPEN, unix.SYS_OPENAT, unix.SYS_CLONE, unix.SYS_CLONE3, unix.SYS_EXECVE, unix.SYS_EXECVEAT}
+	if own {
+		special = append(special, unix.SYS_SOCKET, unix.SYS_BIND, unix.SYS_LISTEN)
+	}
 	for number := range uint32(1024) {
 		got, err := interpret(p, unix.AUDIT_ARCH_X86_64, number, 0, 0, 0, 0, 0, 0)
 		if err != nil {

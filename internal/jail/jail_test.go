@@ -29,6 +29,12 @@ func TestMain(m *testing.M) {
 	case os.Getenv(launcherEnv) != "":
 		launch(os.Args[1:])
 		os.Exit(0)
+	case os.Getenv(adoptEnv) != "":
+		if err := adopt(os.Getenv(adoptEnv)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	case os.Getenv(hostileEnv) != "":
 		hostile(os.Getenv(hostileEnv))
 		os.Exit(0)
@@ -179,8 +185,6 @@ func hostile(role string) {
 	case "try":
 		tryAll(got)
 	case "idle":
-	default:
-		ownRole(role, got)
 	case "threads":
 		say(got)
 		for { // until there are no more threads
@@ -194,6 +198,8 @@ func hostile(role string) {
 				mem[i] = 1
 			}
 		}
+	default:
+		ownRole(role, got)
 	}
 	say(got)
 	_, _ = unix.Read(FirstFile, make([]byte, 1))
@@ -660,11 +666,21 @@ func TestBombs(t *testing.T) {
 }
 
 func BenchmarkTakeAndStart(b *testing.B) {
+	for _, own := range []bool{false, true} {
+		for _, link := range []bool{false, true} {
+			b.Run(fmt.Sprintf("own-%t-link-%t", own, link), func(b *testing.B) { takeAndStart(b, own, link) })
+		}
+	}
+}
+
+func takeAndStart(b *testing.B, own, link bool) {
 	self, err := os.Executable()
 	if err != nil {
 		b.Fatal(err)
 	}
-	j, err := Open(b.Context(), Config{Command: []string{self}, Dir: filepath.Join(b.TempDir(), "jail"), Program: self, UIDs: filepath.Join(b.TempDir(), "uids")})
+	j, err := Open(b.Context(), Config{
+		Command: []string{self}, Dir: filepath.Join(b.TempDir(), "jail"), Program: self, UIDs: filepath.Join(b.TempDir(), "uids"), OwnFiles: own,
+	})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -676,7 +692,7 @@ func BenchmarkTakeAndStart(b *testing.B) {
 	var take, start time.Duration
 	for b.Loop() {
 		begin := time.Now()
-		cell, err := j.Take(b.Context(), false)
+		cell, err := j.Take(b.Context(), link)
 		if err != nil {
 			b.Fatal(err)
 		}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -281,32 +280,37 @@ func TestStartFails(t *testing.T) {
 // A program and a cell that were used as they should be leave nothing either,
 // with a network and without.
 func TestNothingIsLeft(t *testing.T) {
-	j := openJail(t, withGroups(t), func(c *Config) { c.Links = 1 })
-	for _, link := range []bool{false, true} {
-		t.Run("link-"+strconv.FormatBool(link), func(t *testing.T) {
-			if link && !j.level.OwnUser {
-				t.Skip("NOT TESTED: not root")
-			}
-			warmUp(t)
-			before := whatIsHeld(t, j)
-			cell, err := j.Take(t.Context(), link)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if link {
-				checkLink(t, j, cell)
-			}
-			t.Run("program", func(t *testing.T) { startIn(t, cell, "idle", Job{}).end(t) })
-			checkNothingHeld(t, j, before)
-			if cell, err = j.Take(t.Context(), link); err != nil {
-				t.Fatal(err)
-			}
-			if err = cell.Close(); err != nil {
-				t.Error(err)
-			}
-			checkNothingHeld(t, j, before)
-		})
+	for _, own := range []bool{false, true} {
+		j := openJail(t, withGroups(t), func(c *Config) { c.Links, c.OwnFiles = 1, own })
+		for _, link := range []bool{false, true} {
+			t.Run(fmt.Sprintf("own-%t-link-%t", own, link), func(t *testing.T) { nothingIsLeft(t, j, link) })
+		}
 	}
+}
+
+func nothingIsLeft(t *testing.T, j *Jail, link bool) {
+	t.Helper()
+	if link && !j.level.OwnUser {
+		t.Skip("NOT TESTED: not root")
+	}
+	warmUp(t)
+	before := whatIsHeld(t, j)
+	cell, err := j.Take(t.Context(), link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if link {
+		checkLink(t, j, cell)
+	}
+	t.Run("program", func(t *testing.T) { startIn(t, cell, "idle", Job{}).end(t) })
+	checkNothingHeld(t, j, before)
+	if cell, err = j.Take(t.Context(), link); err != nil {
+		t.Fatal(err)
+	}
+	if err = cell.Close(); err != nil {
+		t.Error(err)
+	}
+	checkNothingHeld(t, j, before)
 }
 
 // warmUp has Go open what it keeps for polling.

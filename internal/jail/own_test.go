@@ -7,9 +7,11 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -377,15 +379,20 @@ func TestOwnFiles(t *testing.T) {
 		if _, err := later.Read("state", 6); !errors.Is(err, errdef.ErrInvalid) {
 			t.Errorf("state of more than 6 bytes: %v", err)
 		}
-		if err := errors.Join(later.Remove("state"), later.Remove("api.sock")); err != nil {
-			t.Error(err)
-		}
-		if _, err := dir.Read("state", 7); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("file that was removed: %v", err)
-		}
 		start, err := linux.StartTime(p.PID())
 		if err != nil {
 			t.Fatal(err)
+		}
+		daemon := exec.CommandContext(t.Context(), j.cfg.Program)
+		daemon.Env = []string{fmt.Sprintf("%s=%d %d", adoptEnv, p.PID(), start)}
+		if out, runErr := daemon.CombinedOutput(); runErr != nil {
+			t.Errorf("another daemon: %v\n%s", runErr, out)
+		}
+		if err = errors.Join(later.Remove("state"), later.Remove("api.sock")); err != nil {
+			t.Error(err)
+		}
+		if _, err = dir.Read("state", 7); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("file that was removed: %v", err)
 		}
 		if _, err = OpenDir(p.PID(), start+1); !errors.Is(err, errdef.ErrNotFound) {
 			t.Errorf("another process: %v", err)
@@ -395,6 +402,30 @@ func TestOwnFiles(t *testing.T) {
 			t.Errorf("process that has ended: %v", err)
 		}
 	})
+}
+
+const adoptEnv = "TINE_TEST_ADOPT"
+
+// adopt is another daemon, which knows a program by its process.
+func adopt(handle string) error {
+	var pid int
+	var start uint64
+	if _, err := fmt.Sscan(handle, &pid, &start); err != nil {
+		return err
+	}
+	dir, err := OpenDir(pid, start)
+	if err != nil {
+		return err
+	}
+	conn, err := dir.Dial(context.Background(), "api.sock")
+	if err != nil {
+		return err
+	}
+	data, err := dir.Read("state", 100)
+	if err == nil && string(data) != "devices" {
+		err = fmt.Errorf("state is %q", data)
+	}
+	return errors.Join(err, conn.Close(), dir.Close())
 }
 
 func openDir(t *testing.T, p *prisoner) *Dir {
@@ -503,10 +534,10 @@ func TestBefore(t *testing.T) {
 				Before: map[string]func(context.Context) error{"/dev/kvm": before},
 			}
 		}
-		calls := 0
-		p := startIn(t, take(t, j), "open", job(func(context.Context) error { calls++; return nil }))
-		if p.said["first"] != "<nil>" || p.said["second"] != "<nil>" || calls != 1 {
-			t.Errorf("%v after %d calls", p.said, calls)
+		var calls atomic.Int32
+		p := startIn(t, take(t, j), "open", job(func(context.Context) error { calls.Add(1); return nil }))
+		if p.said["first"] != "<nil>" || p.said["second"] != "<nil>" || calls.Load() != 1 {
+			t.Errorf("%v after %d calls", p.said, calls.Load())
 		}
 		p.end(t)
 

@@ -1,6 +1,7 @@
 package jail
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
 )
 
 const loaderList = "\tlinux-vdso.so.1 (0x00007ffc)\n" +
@@ -98,7 +101,17 @@ func TestMakeTree(t *testing.T) {
 	if err != nil || fewer == names[0] || fewer == changed {
 		t.Errorf("tree %s of fewer files, %v", fewer, err)
 	}
-	checkTrees(t, dir, 3)
+	mounts, err := makeTree(t.Context(), dir, program, nil, RunDir)
+	if err != nil || mounts == fewer {
+		t.Errorf("tree %s with a directory more, %v", mounts, err)
+	}
+	if entries, err := os.ReadDir(filepath.Join(mounts, RunDir)); err != nil || len(entries) > 0 {
+		t.Errorf("directory has %v, %v", entries, err)
+	}
+	checkTrees(t, dir, 4)
+	if hidden, err := makeTree(t.Context(), dir, program, nil, filepath.Dir(program)); !errors.Is(err, errdef.ErrUnsupported) {
+		t.Errorf("tree %s of a program that will be hidden, %v", hidden, err)
+	}
 }
 
 func checkTrees(t *testing.T, dir string, want int) {

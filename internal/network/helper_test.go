@@ -90,9 +90,15 @@ type wire struct {
 // newWire makes a network in a namespace that starts from another.
 func newWire(t *testing.T, from *os.File) *wire {
 	t.Helper()
+	return wireOf(t, from, func() ([]int, error) { return Setup(-1) })
+}
+
+// wireOf is newWire for a network that is set up in a way of its own.
+func wireOf(t *testing.T, from *os.File, setup func() ([]int, error)) *wire {
+	t.Helper()
 	needRoot(t)
 	var fds []int
-	ns, err := namespace(from, func() (err error) { fds, err = Setup(-1); return err })
+	ns, err := namespace(from, func() (err error) { fds, err = setup(); return err })
 	if err != nil {
 		t.Fatal(err)
 	}

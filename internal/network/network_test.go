@@ -100,6 +100,51 @@ func TestPackets(t *testing.T) {
 	}
 }
 
+// A tap that is taken by its name is one as any other, also for the second who
+// takes it, and nobody takes it twice.
+func TestNamed(t *testing.T) {
+	t.Parallel()
+	w := wireOf(t, nil, func() ([]int, error) { return SetupNamed(-1, -1, os.Geteuid()) })
+	for range 2 {
+		if err := takeTap(w.tap); err != nil {
+			t.Fatal(err)
+		}
+		var other *os.File
+		within(t, w.ns, func() (err error) { other, err = os.OpenFile("/dev/net/tun", os.O_RDWR|unix.O_NONBLOCK, 0); return err })
+		if err := takeTap(other); !errors.Is(err, unix.EBUSY) {
+			t.Errorf("tap that is taken: %v", err)
+		}
+		if got, _ := w.heard(t, "hello"); got != "hello" {
+			t.Errorf("heard %q", got)
+		}
+		if err := w.link.WritePacket([]byte("answer"), netip.MustParseAddrPort("198.51.100.7:99"), netip.AddrPortFrom(guest(), 5)); err != nil {
+			t.Error(err)
+		}
+		if replies := w.replies(t); len(replies) != 1 || !bytes.HasSuffix(replies[0], []byte("answer")) {
+			t.Errorf("guest got %x", replies)
+		}
+		if err := w.tap.Close(); err != nil { // as when a monitor ends
+			t.Fatal(err)
+		}
+		w.tap = other
+	}
+}
+
+func takeTap(tun *os.File) error {
+	req, err := unix.NewIfreq(TapName)
+	if err != nil {
+		return err
+	}
+	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	raw, err := tun.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var takeErr error
+	err = raw.Control(func(fd uintptr) { takeErr = unix.IoctlIfreq(int(fd), unix.TUNSETIFF, req) })
+	return errors.Join(err, takeErr)
+}
+
 // seen is all that a network namespace has.
 func seen(t *testing.T, ns *os.File) (text string) {
 	t.Helper()
