@@ -28,6 +28,7 @@ var mayImport = map[string][]string{
 	"internal/guestproto": {},
 	"internal/linux":      {"internal/errdef"},
 	"internal/progress":   {},
+	"internal/relink":     {"internal/errdef"},
 	"internal/undo":       {},
 
 	// Tier 1: mechanisms, which know nothing of sandboxes.
@@ -152,7 +153,7 @@ var testsMayImport = map[string][]string{
 var plain = []string{
 	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/deadline", "internal/durable", "internal/errdef",
 	"internal/guest",
-	"internal/guestproto", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
+	"internal/guestproto", "internal/linux", "internal/progress", "internal/relink", "internal/undo", "internal/vmm",
 }
 
 // source is one Go file.
