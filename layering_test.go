@@ -32,7 +32,7 @@ var mayImport = map[string][]string{
 	"internal/undo":       {},
 
 	// Tier 1: mechanisms, which know nothing of sandboxes.
-	"internal/agent":    {"internal/errdef", "internal/guestproto"},
+	"internal/agent":    {"internal/errdef", "internal/guestproto", "internal/relink"},
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
 	"internal/cgroup":   {"internal/errdef", "internal/undo"},
