@@ -28,10 +28,11 @@ var mayImport = map[string][]string{
 	"internal/guestproto": {},
 	"internal/linux":      {"internal/errdef"},
 	"internal/progress":   {},
+	"internal/relink":     {"internal/errdef"},
 	"internal/undo":       {},
 
 	// Tier 1: mechanisms, which know nothing of sandboxes.
-	"internal/agent":    {"internal/errdef", "internal/guestproto"},
+	"internal/agent":    {"internal/errdef", "internal/guestproto", "internal/relink"},
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
 	"internal/cgroup":   {"internal/errdef", "internal/undo"},
@@ -162,7 +163,7 @@ var testsMayImport = map[string][]string{
 var plain = []string{
 	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/deadline", "internal/durable", "internal/errdef",
 	"internal/guest",
-	"internal/guestproto", "internal/kvmtest", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
+	"internal/guestproto", "internal/kvmtest", "internal/linux", "internal/progress", "internal/relink", "internal/undo", "internal/vmm",
 }
 
 // source is one Go file.
