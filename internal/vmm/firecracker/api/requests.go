@@ -293,8 +293,9 @@ const (
 	// Full writes all of memory.
 	Full SnapshotType = "Full"
 	// Diff writes the pages that have changed since the machine started, was loaded
-	// or had its last snapshot, if they were tracked; without, those that are in
-	// Firecracker's memory.
+	// or had its last snapshot of type Full, if they were tracked. If not, those that
+	// are in Firecracker's page tables or the page cache, which are too many where
+	// memory is a file (mincore(2)); since 1.13 (UntrackedDiff), an error before.
 	Diff SnapshotType = "Diff"
 )
 

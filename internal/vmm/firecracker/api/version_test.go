@@ -54,6 +54,7 @@ func TestFeatures(t *testing.T) {
 		api.NetworkOverrides:    {"1.12.0", nil},
 		api.PCI:                 {"1.13.0", nil},
 		api.LoadTrackDirtyPages: {"1.13.0", nil},
+		api.UntrackedDiff:       {"1.13.0", nil},
 		api.PmemDevices:         {"1.14.0", nil},
 		api.SerialConfig:        {"1.14.0", nil},
 		api.ClockRealtime:       {"1.14.4", []string{"1.15.0", "1.16.0-dev"}},
