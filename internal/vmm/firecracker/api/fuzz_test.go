@@ -2,9 +2,11 @@ package api
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"net"
+	"strings"
 	"testing"
 	"time"
 	"unicode"
@@ -107,4 +109,34 @@ func FuzzParseVersion(f *testing.F) {
 			t.Errorf("%q is %v, and that is %v, %v", s, v, again, err)
 		}
 	})
+}
+
+// late is a connection over which an answer comes when the context has just ended.
+type late struct {
+	script
+	end   context.CancelFunc
+	moved chan struct{}
+}
+
+func (l *late) Read(p []byte) (int, error) {
+	l.end()
+	<-l.moved // by what the end of the context does
+	return l.script.Read(p)
+}
+
+func (l *late) SetDeadline(time.Time) error {
+	close(l.moved)
+	return nil
+}
+
+// The deadline of a request that has ended would end the next one.
+func TestLateEndCostsTheConnection(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	l := &late{script{Reader: strings.NewReader("HTTP/1.1 204 \r\n\r\n")}, cancel, make(chan struct{})}
+	a, err := newConn(l).exchange(ctx, "GET", "/", nil)
+	if err != nil || a.status != 204 || !a.last {
+		t.Errorf("%+v, %v", a, err)
+	}
 }
