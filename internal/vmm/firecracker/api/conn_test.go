@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 	"unicode"
@@ -138,5 +139,27 @@ func TestLateEndCostsTheConnection(t *testing.T) {
 	a, err := newConn(l).exchange(ctx, "GET", "/", nil)
 	if err != nil || a.status != 204 || !a.last {
 		t.Errorf("%+v, %v", a, err)
+	}
+}
+
+// full is a server that has said that it is full, and hung up.
+type full struct{ script }
+
+func (full) Write([]byte) (int, error) {
+	return 0, &net.OpError{Op: "write", Err: syscall.EPIPE}
+}
+
+// What a server says before it hangs up counts more than that it does.
+func TestAnswerOfAServerThatHungUp(t *testing.T) {
+	t.Parallel()
+	answers := map[string]int{"HTTP/1.1 503\r\nContent-Length: 2\r\n\r\n{}": 503, "": 0}
+	for said, want := range answers {
+		a, err := newConn(&full{script{Reader: strings.NewReader(said)}}).exchange(t.Context(), "GET", "/", nil)
+		if a.status != want || want != 0 && !a.last || (err == nil) != (want != 0) {
+			t.Errorf("%q: %+v, %v", said, a, err)
+		}
+		if err != nil && (!errors.Is(err, syscall.EPIPE) || !errors.Is(err, errdef.ErrUnavailable)) {
+			t.Errorf("got %v", err)
+		}
 	}
 }
