@@ -49,7 +49,11 @@ var mayImport = map[string][]string{
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
-	"internal/vmm":                 {"internal/errdef", "internal/guestmem"},
+	"internal/vmm": {"internal/errdef", "internal/guestmem"},
+	"internal/vmm/firecracker": {
+		"internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/relink", "internal/undo",
+		"internal/vmm", "internal/vmm/firecracker/api", "internal/vmm/process",
+	},
 	"internal/vmm/firecracker/api": {"internal/errdef"},
 	"internal/vmm/process": {
 		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
@@ -154,8 +158,9 @@ var testsMayImport = map[string][]string{
 	"internal/kvmtest":       {"internal/image", "internal/jail"},
 	"internal/sandbox":       {"internal/network", "internal/vmm/qemu"},
 
-	"internal/vmm/qemu":  {"internal/guest", "internal/image", "internal/linux"},
-	"internal/workspace": {"internal/guest", "internal/snapshot"},
+	"internal/vmm/firecracker": {"internal/image"},
+	"internal/vmm/qemu":        {"internal/guest", "internal/image", "internal/linux"},
+	"internal/workspace":       {"internal/guest", "internal/snapshot"},
 }
 
 // plain are the packages that use no other module than x/sys: leaves that
