@@ -21,7 +21,9 @@ type suite struct {
 func chosen(t *testing.T) (suites []suite, missing []verdict) {
 	t.Helper()
 	suites = []suite{
-		{engine: qemuKVM, pkg: "internal/engines", tests: []string{"TestProbeKVM", "TestChooseHere"}, only: []string{"TestProbeKVM", "TestChooseHere"}},
+		{engine: qemuKVM, pkg: "internal/engines", tests: []string{"TestChooseHere"}, only: []string{"TestProbeKVM", "TestChooseHere"}},
+		{engine: qemuKVM, pkg: "internal/vmm/qemu", tests: []string{"TestEngine"}},
+		{engine: qemuKVM, pkg: "cmd/tine", tests: []string{"TestBranchDailyPath"}, only: []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"}},
 	}
 	if os.Getenv("FIRECRACKER") == "" {
 		missing = append(missing, verdict{engine: firecracker, text: "NOT RUN: firecracker: FIRECRACKER is not set"})

@@ -49,7 +49,7 @@ type reply struct {
 const maxReply = 1 << 20
 
 // dialTimeout bounds how long QEMU may take to greet and to answer.
-const dialTimeout = 10 * time.Second
+const dialTimeout = 60 * time.Second
 
 func dialMonitor(ctx context.Context, path string) (*monitor, error) {
 	var d net.Dialer
