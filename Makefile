@@ -42,7 +42,7 @@ bench: setup build ## measure boots, forks and round trips
 	bin/tine bench
 
 .PHONY: test
-test: test-unit test-vm ## run all tests
+test: test-unit test-vm test-kvm-short ## run all tests, of those in test-kvm the most telling
 
 .PHONY: test-unit
 test-unit: ## run the tests that boot nothing; they need no root and no network
@@ -53,10 +53,17 @@ test-unit: ## run the tests that boot nothing; they need no root and no network
 test-vm: setup-tests build ## run the tests that boot virtual machines
 	$(GO) test -tags vm -count 1 -p 2 -timeout 15m $(VM_PACKAGES)
 
-# These take both processors, so nothing else runs beside them.
+# One emulated machine takes both processors, so nothing else runs beside it.
+# FIRECRACKER and JAILER are paths of the programs, where there are any.
+KVM_TEST = $(GO) test -tags vm -count 1 -v -timeout 30m ./internal/kvmtest
+
 .PHONY: test-kvm
-test-kvm: setup-tests build ## run those of the engines that need KVM, in an emulated machine that has it
-	$(GO) test -tags vm -count 1 -v -timeout 30m ./internal/kvmtest
+test-kvm: setup-tests build ## run the tests of engines that need KVM, in an emulated machine that has it
+	$(KVM_TEST)
+
+.PHONY: test-kvm-short
+test-kvm-short: setup-tests build
+	$(KVM_TEST) -short
 
 .PHONY: fuzz
 fuzz: ## run each fuzz test for FUZZTIME (10s)

@@ -76,7 +76,11 @@ func sandboxes(stateDir string) []string {
 	return ids
 }
 
+// command is a tine of the tests' engine, if they are to have a certain one.
 func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
+	if name, ok := vmtest.NamedEngine(); ok {
+		args = append([]string{"--engine", name}, args...)
+	}
 	cmd := exec.CommandContext(ctx, vmtest.Program(h.t, "tine"), args...)
 	cmd.Env = append(os.Environ(), "TINE_STATE_DIR="+h.dir, "TINE_URL=")
 	return cmd
@@ -137,7 +141,7 @@ func (h *host) serve() *exec.Cmd {
 	})
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	for deadline := time.Now().Add(30 * time.Second); ; <-tick.C {
+	for deadline := time.Now().Add(2 * time.Minute); ; <-tick.C {
 		if _, _, code := h.tine("ls"); code == 0 {
 			return cmd
 		}
@@ -186,6 +190,22 @@ func end(t *testing.T, cmd *exec.Cmd, sig os.Signal) {
 		if time.Now().After(deadline) {
 			t.Fatal("the daemon goes on")
 		}
+	}
+}
+
+// TestDoctor: on a host that the tests can use, doctor finds nothing that is
+// wrong, and says which engine it is.
+func TestDoctor(t *testing.T) {
+	h := newHost(t)
+	cmd := exec.CommandContext(t.Context(), vmtest.Program(t, "tine"), "doctor")
+	cmd.Env = append(os.Environ(), "TINE_STATE_DIR="+h.dir, "TINE_URL=")
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Error(err)
+	}
+	if name, ok := vmtest.NamedEngine(); ok && !strings.Contains(string(out), "auto means "+name) {
+		t.Errorf("auto is not %s", name)
 	}
 }
 

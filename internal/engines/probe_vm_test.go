@@ -55,6 +55,9 @@ func TestProbeKVM(t *testing.T) {
 			if fault == "" && !shown {
 				t.Error("KVM passed on a CPU without virtualisation")
 			}
+			if name, _ := vmtest.NamedEngine(); fault != "" && name == QEMUKVM {
+				t.Error("KVM did not pass")
+			}
 			t.Logf("after %v: %q", took, fault)
 		})
 	}
@@ -67,6 +70,9 @@ func TestChooseHere(t *testing.T) {
 	engine, err := Choose(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if want, ok := vmtest.NamedEngine(); ok && engine.Name() != want {
+		t.Errorf("chose %s, want %s", engine.Name(), want)
 	}
 	t.Logf("chose %s, QEMU %s, after %v", engine.Name(), engine.Version(), time.Since(start))
 	for _, r := range Survey(t.Context(), cfg) {

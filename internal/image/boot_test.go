@@ -173,6 +173,28 @@ func TestModuleDependencies(t *testing.T) {
 	}
 }
 
+func TestMoreModules(t *testing.T) {
+	t.Parallel()
+	files := kernelFiles(t, kernelTree(t))
+	set, err := loadModules(files, []string{"unwanted", "erofs"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := set.order(moreModules); got != "/modules/unwanted.ko\n" {
+		t.Errorf("order %q: want what is not loaded at boot, and only that", got)
+	}
+	var archive bytes.Buffer
+	if err = errors.Join(set.writeCPIO(&archive), writeInitrd(&archive, strings.NewReader(""), 0, strings.NewReader(""))); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := readCPIO(t, archive.Bytes()); got["modules/order.d/more"].content != "/modules/unwanted.ko\n" || got["modules/unwanted.ko"].content == "" {
+		t.Errorf("the archive has %+v", got["modules/order.d/more"])
+	}
+	if _, err = loadModules(files, []string{"no_such"}); !errors.Is(err, errdef.ErrNotFound) {
+		t.Errorf("a module that the kernel lacks: %v, want %v", err, errdef.ErrNotFound)
+	}
+}
+
 func TestModulesRequired(t *testing.T) {
 	t.Parallel()
 	tree := t.TempDir()

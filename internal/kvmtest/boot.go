@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -85,7 +86,7 @@ func await(path string) error {
 }
 
 func mount(source, target, kind, data string) error {
-	if err := os.MkdirAll(target, 0o755); err != nil {
+	if err := os.MkdirAll(target, 0o755); err != nil { //nolint:gosec // it is mounted on
 		return err
 	}
 	if err := unix.Mount(source, target, kind, 0, data); err != nil {
@@ -96,7 +97,7 @@ func mount(source, target, kind, data string) error {
 
 // initialise makes of the root on the disk what a test expects of a host, has
 // the plan run, and reaps whatever process ends meanwhile.
-func initialise() error {
+func initialise(ctx context.Context) error {
 	for _, m := range []struct{ kind, target, data string }{
 		{"proc", "/proc", ""},
 		{"sysfs", "/sys", ""},
@@ -113,7 +114,7 @@ func initialise() error {
 	if err := os.Symlink("/proc/self/fd", "/dev/fd"); err != nil {
 		return err
 	}
-	if out, err := exec.Command("ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "ip", "link", "set", "lo", "up").CombinedOutput(); err != nil {
 		return fmt.Errorf("bring loopback up: %w: %s", err, out)
 	}
 	if err := unix.Sethostname([]byte("outer")); err != nil {
@@ -122,7 +123,7 @@ func initialise() error {
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: openFiles, Max: openFiles}); err != nil {
 		return err
 	}
-	run := exec.Command("/init", modeRun)
+	run := exec.CommandContext(ctx, "/init", modeRun)
 	run.Stdout, run.Stderr = os.Stdout, os.Stderr
 	if err := run.Start(); err != nil {
 		return err

@@ -8,6 +8,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 
@@ -25,10 +26,10 @@ func main() {
 	if len(os.Args) > 1 {
 		mode = os.Args[1]
 	}
-	if err := start(mode); err != nil {
+	if err := start(context.Background(), mode); err != nil {
 		fmt.Fprintln(os.Stderr, "kvmtest:", err)
 		if os.Getpid() != 1 {
-			os.Exit(1)
+			os.Exit(1) //nolint:forbidigo // this is main
 		}
 	}
 	if os.Getpid() == 1 {
@@ -37,12 +38,12 @@ func main() {
 	}
 }
 
-func start(mode string) error {
+func start(ctx context.Context, mode string) error {
 	switch mode {
 	case modeInit:
-		return initialise()
+		return initialise(ctx)
 	case modeRun:
-		return runPlan()
+		return runPlan(ctx)
 	default:
 		if os.Getpid() != 1 {
 			return fmt.Errorf("this is the first process of a machine, and no program to run by hand")

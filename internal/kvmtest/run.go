@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -14,7 +15,7 @@ import (
 )
 
 // runPlan runs all jobs, one after the other, and reports each.
-func runPlan() error {
+func runPlan(ctx context.Context) error {
 	data, err := os.ReadFile(planFile)
 	if err != nil {
 		return err
@@ -33,7 +34,7 @@ func runPlan() error {
 	}
 	report := json.NewEncoder(results)
 	for i, j := range p.Jobs {
-		r := j.run(output)
+		r := j.run(ctx, output)
 		r.Nonce, r.Job = p.Nonce, i
 		if err = report.Encode(r); err != nil {
 			return fmt.Errorf("report job %d: %w", i, err)
@@ -61,9 +62,9 @@ func openPort(name string) (*os.File, error) {
 }
 
 // run runs the job's tests and passes on what they say.
-func (j job) run(output io.Writer) result {
-	fmt.Fprintf(output, "=== %s, engine %s\n", j.Package, j.Engine)
-	cmd := exec.Command(j.Program, "-test.v", "-test.count=1", "-test.timeout="+strconv.Itoa(j.Seconds)+"s",
+func (j job) run(ctx context.Context, output io.Writer) result {
+	_, _ = fmt.Fprintf(output, "=== %s, engine %s\n", j.Package, j.Engine) // what counts is the result
+	cmd := exec.CommandContext(ctx, j.Program, "-test.v", "-test.count=1", "-test.timeout="+strconv.Itoa(j.Seconds)+"s",
 		"-test.run=^("+strings.Join(j.Tests, "|")+")$")
 	cmd.Dir = j.Dir
 	cmd.Env = append(os.Environ(), j.Env...)

@@ -12,19 +12,30 @@ import (
 // suite is a package's tests with an engine.
 type suite struct {
 	engine, pkg string
-	tests       []string // those of the short form
+	tests       []string // those of the short form; nil: all
 	only        []string // those of the long form; nil: all
 	without     []string // but for these
 }
 
 // chosen are the suites to run, and what is to be told of engines that have none.
-func chosen(t *testing.T) (suites []suite, missing []verdict) {
+func chosen(t *testing.T) (suites []suite, missing []string) {
 	t.Helper()
 	suites = []suite{
-		{engine: qemuKVM, pkg: "internal/engines", tests: []string{"TestProbeKVM", "TestChooseHere"}, only: []string{"TestProbeKVM", "TestChooseHere"}},
+		{engine: qemuKVM, pkg: "internal/engines", tests: []string{"TestChooseHere"}, only: []string{"TestProbeKVM", "TestChooseHere"}},
+		{engine: qemuKVM, pkg: "internal/vmm/qemu", tests: []string{"TestEngine"}},
+		{engine: qemuKVM, pkg: "cmd/tine", tests: []string{"TestBranchDailyPath"}, only: []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"}},
 	}
-	if os.Getenv("FIRECRACKER") == "" {
-		missing = append(missing, verdict{engine: firecracker, text: "NOT RUN: firecracker: FIRECRACKER is not set"})
+	const pkg = "internal/vmm/firecracker"
+	found, err := filepath.Glob(filepath.Join("..", "..", pkg, "*_vm_test.go"))
+	switch {
+	case err != nil:
+		t.Fatal(err)
+	case os.Getenv("FIRECRACKER") == "":
+		missing = append(missing, "NOT RUN: firecracker: FIRECRACKER is not set")
+	case len(found) == 0:
+		missing = append(missing, "NOT RUN: firecracker: "+pkg+" has no tests that boot machines")
+	default:
+		suites = append(suites, suite{engine: firecracker, pkg: pkg})
 	}
 	return suites, missing
 }

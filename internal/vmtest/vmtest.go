@@ -62,10 +62,23 @@ func Image(t testing.TB) image.Image {
 	return img
 }
 
-// Engine is QEMU's software emulation, which works on every machine, in its jail.
+// NamedEngine is the engine that tests are to use, $TINE_TEST_ENGINE, if they are
+// to use a certain one.
+func NamedEngine() (name string, ok bool) {
+	name = os.Getenv("TINE_TEST_ENGINE")
+	return name, name != ""
+}
+
+// Engine is that engine, or else QEMU's software emulation, which works on every
+// machine, in its jail.
 func Engine(t testing.TB) vmm.Engine {
 	t.Helper()
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG, Jail: Jail(t)})
+	name, _ := NamedEngine()
+	accel, known := map[string]qemu.Accel{"": qemu.TCG, "qemu-tcg": qemu.TCG, "qemu-kvm": qemu.KVM}[name]
+	if !known {
+		t.Fatalf("no engine %q for tests", name)
+	}
+	engine, err := qemu.New(t.Context(), qemu.Config{Accel: accel, Jail: Jail(t)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,8 +48,9 @@ type reply struct {
 // send anything; a full console ring in JSON escapes is the longest true one.
 const maxReply = 1 << 20
 
-// dialTimeout bounds how long QEMU may take to greet and to answer.
-const dialTimeout = 10 * time.Second
+// dialTimeout bounds how long QEMU may take to greet and to answer. On a host that
+// is slow and busy the greeting has come after 13 s.
+const dialTimeout = 30 * time.Second
 
 func dialMonitor(ctx context.Context, path string) (*monitor, error) {
 	var d net.Dialer

@@ -12,7 +12,7 @@ import (
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
-func TestTCG(t *testing.T) {
+func TestEngine(t *testing.T) {
 	engine := vmtest.Engine(t)
 	img := vmtest.Image(t)
 	vmmtest.Run(t, vmmtest.Setup{Engine: engine, Boot: vmtest.Boot(img), Root: img.RootPath()})

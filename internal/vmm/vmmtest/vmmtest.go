@@ -100,6 +100,10 @@ func shortTempDir(t *testing.T) string {
 	return dir
 }
 
+// bootTime bounds a boot. It is for a machine within an emulated one, where that
+// takes several times as long as under emulation, on a host that is busy too.
+const bootTime = 3 * time.Minute
+
 func (h *harness) common(t *testing.T) vmm.Common {
 	t.Helper()
 	h.count++
@@ -132,7 +136,7 @@ func (h *harness) restore(t *testing.T, spec vmm.RestoreSpec) vmm.VM {
 func (h *harness) template(t *testing.T) {
 	t.Helper()
 	h.memory, h.device = filepath.Join(h.work, "memory"), filepath.Join(h.work, "device")
-	ctx := within(t, 2*time.Minute)
+	ctx := within(t, 2*bootTime)
 	spec := vmm.StartSpec{Common: h.common(t), Boot: h.Boot, Memory: h.memory}
 	if h.diskMiB > 0 {
 		spec.Disk = filepath.Join(h.work, "disk")
@@ -432,17 +436,33 @@ func identified(t *testing.T, vm vmm.VM) *guest.Client {
 
 func dial(t *testing.T, vm vmm.VM, hello func(context.Context, io.ReadWriteCloser) (*guest.Client, error)) *guest.Client {
 	t.Helper()
-	ctx := within(t, time.Minute)
+	ctx := within(t, bootTime)
 	stream, err := vm.Dial(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c, err := hello(ctx, stream)
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%v\n%s", err, console(t, vm))
 	}
 	t.Cleanup(func() { _ = c.Close() }) // its machine may be gone before it
 	return c
+}
+
+// console is the end of what the machine's kernel has said, for a test that
+// fails.
+func console(t *testing.T, vm vmm.VM) string {
+	talker, ok := vm.(interface {
+		Console(ctx context.Context) (string, error)
+	})
+	if !ok {
+		return ""
+	}
+	text, err := talker.Console(within(t, time.Minute))
+	if err != nil {
+		return "no console: " + err.Error()
+	}
+	return "console: " + text
 }
 
 func closeSession(t *testing.T, c *guest.Client) {
