@@ -102,7 +102,7 @@ func newPlan(t *testing.T, suites []suite, programs map[string]string) plan {
 		}
 		p.Jobs = append(p.Jobs, job{
 			Engine: s.engine, Package: s.pkg, Program: filepath.Join("/tests", filepath.Base(programs[s.pkg])),
-			Dir: filepath.Join(repository, s.pkg), Tests: tests, Env: s.env(), Seconds: 600,
+			Dir: filepath.Join(repository, s.pkg), Tests: tests, Env: s.env(), Seconds: cmp.Or(s.seconds, 600),
 		})
 	}
 	return p
@@ -117,6 +117,7 @@ func (s suite) env() []string {
 				env = append(env, name+"="+path)
 			}
 		}
+		env = append(env, benchRounds+"="+os.Getenv(benchRounds))
 	}
 	return env
 }

@@ -15,11 +15,23 @@ type suite struct {
 	tests       []string // those of the short form; nil: all
 	only        []string // those of the long form; nil: all
 	without     []string // but for these
+	seconds     int      // that it may take; 0: the usual
 }
+
+// benchRounds is the variable that has a bench of Firecracker run in the place of
+// all else, for the tables that it prints, and benchSeconds how long it may take.
+const (
+	benchRounds  = "TINE_BENCH_ROUNDS"
+	benchSeconds = 1100
+)
 
 // chosen are the suites to run, and what is to be told of engines that have none.
 func chosen(t *testing.T) (suites []suite, missing []string) {
 	t.Helper()
+	if os.Getenv(benchRounds) != "" {
+		tests := []string{"TestBenchFirecracker", "TestBenchFirecrackerBranches"}
+		return []suite{{engine: firecracker, pkg: "internal/bench", tests: tests, only: tests, seconds: benchSeconds}}, nil
+	}
 	suites = []suite{
 		{engine: qemuKVM, pkg: "internal/engines", tests: []string{"TestChooseHere"}, only: []string{"TestProbeKVM", "TestChooseHere"}},
 		{engine: qemuKVM, pkg: "internal/vmm/qemu", tests: []string{"TestEngine"}},
