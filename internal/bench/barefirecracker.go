@@ -22,10 +22,13 @@ const agentPort = 10789
 // bareFirecracker is Firecracker by hand: with the command line that Tine uses,
 // and the requests that make a machine as Tine's are.
 type bareFirecracker struct {
-	*subject
 	dirs   *dirs
+	files  files
 	recipe recipe
 }
+
+// files are the paths of what machines are made of.
+type files struct{ kernel, initrd, root, device, memory string }
 
 func (*bareFirecracker) name() string { return "Firecracker" }
 
@@ -34,7 +37,7 @@ func (*bareFirecracker) name() string { return "Firecracker" }
 func (b *bareFirecracker) boot(ctx context.Context, _ bool) (*process, error) {
 	c := b.recipe.config
 	return b.raised(ctx, map[string]string{
-		c.BootSource.Kernel: b.img.KernelPath(), c.BootSource.Initrd: b.img.InitrdPath(), b.recipe.root(): b.img.RootPath(),
+		c.BootSource.Kernel: b.files.kernel, c.BootSource.Initrd: b.files.initrd, b.recipe.root(): b.files.root,
 	}, func(ctx context.Context, client *api.Client) error { return b.recipe.boot(ctx, client) })
 }
 
@@ -57,7 +60,7 @@ func (b *bareFirecracker) restore(ctx context.Context) (*process, error) {
 func (b *bareFirecracker) load(ctx context.Context, tracked bool) (*process, error) {
 	how := api.Load{State: loadedState, Mem: loadedMemory, Resume: true, TrackDirtyPages: tracked}
 	return b.raised(ctx, map[string]string{
-		loadedState: b.snap.DevicePath(), loadedMemory: b.snap.MemoryPath(), b.recipe.root(): b.img.RootPath(),
+		loadedState: b.files.device, loadedMemory: b.files.memory, b.recipe.root(): b.files.root,
 	}, func(ctx context.Context, client *api.Client) error { return client.LoadSnapshot(ctx, how) })
 }
 

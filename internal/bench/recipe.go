@@ -50,7 +50,10 @@ func learnFirecracker(ctx context.Context, t *tine) (_ monitor, err error) {
 	if r.config, err = askConfig(ctx, b.vm.Handle(), r.socket); err != nil {
 		return nil, err
 	}
-	return &bareFirecracker{subject: t.subject, dirs: t.dirs, recipe: r}, r.check()
+	return &bareFirecracker{dirs: t.dirs, recipe: r, files: files{
+		kernel: t.img.KernelPath(), initrd: t.img.InitrdPath(), root: t.img.RootPath(),
+		device: t.snap.DevicePath(), memory: t.snap.MemoryPath(),
+	}}, r.check()
 }
 
 // newRecipe finds the name of the socket in a command line.
