@@ -25,7 +25,10 @@ func chosen(t *testing.T) (suites []suite, missing []verdict) {
 	}
 	if os.Getenv("FIRECRACKER") == "" {
 		missing = append(missing, verdict{engine: firecracker, text: "NOT RUN: firecracker: FIRECRACKER is not set"})
+		return suites, missing
 	}
+	probes := []string{"TestFirecrackerProbe", "TestFirecrackerProbeTells"}
+	suites = append(suites, suite{engine: firecracker, pkg: "internal/engines", tests: probes, only: probes})
 	return suites, missing
 }
 
