@@ -28,10 +28,11 @@ var mayImport = map[string][]string{
 	"internal/guestproto": {},
 	"internal/linux":      {"internal/errdef"},
 	"internal/progress":   {},
+	"internal/relink":     {"internal/errdef"},
 	"internal/undo":       {},
 
 	// Tier 1: mechanisms, which know nothing of sandboxes.
-	"internal/agent":    {"internal/errdef", "internal/guestproto"},
+	"internal/agent":    {"internal/errdef", "internal/guestproto", "internal/relink"},
 	"internal/audit":    {"internal/durable", "internal/errdef", "internal/undo"},
 	"internal/auth":     {"internal/durable", "internal/errdef"},
 	"internal/cgroup":   {"internal/errdef", "internal/undo"},
@@ -48,7 +49,11 @@ var mayImport = map[string][]string{
 	"internal/snapshot": {
 		"internal/durable", "internal/errdef", "internal/guestmem", "internal/linux", "internal/progress", "internal/vmm",
 	},
-	"internal/vmm":                 {"internal/errdef", "internal/guestmem"},
+	"internal/vmm": {"internal/errdef", "internal/guestmem"},
+	"internal/vmm/firecracker": {
+		"internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/relink", "internal/undo",
+		"internal/vmm", "internal/vmm/firecracker/api", "internal/vmm/process",
+	},
 	"internal/vmm/firecracker/api": {"internal/errdef"},
 	"internal/vmm/process": {
 		"internal/cgroup", "internal/errdef", "internal/guestmem", "internal/jail", "internal/linux", "internal/network", "internal/undo",
@@ -154,8 +159,9 @@ var testsMayImport = map[string][]string{
 	"internal/kvmtest":       {"internal/image", "internal/jail"},
 	"internal/sandbox":       {"internal/network", "internal/vmm/qemu"},
 
-	"internal/vmm/qemu":  {"internal/guest", "internal/image", "internal/linux"},
-	"internal/workspace": {"internal/guest", "internal/snapshot"},
+	"internal/vmm/firecracker": {"internal/image"},
+	"internal/vmm/qemu":        {"internal/guest", "internal/image", "internal/linux"},
+	"internal/workspace":       {"internal/guest", "internal/snapshot"},
 }
 
 // plain are the packages that use no other module than x/sys: leaves that
@@ -163,7 +169,7 @@ var testsMayImport = map[string][]string{
 var plain = []string{
 	"cmd/tine-agent", "internal/agent", "internal/cgroup", "internal/deadline", "internal/durable", "internal/errdef",
 	"internal/guest",
-	"internal/guestproto", "internal/kvmtest", "internal/linux", "internal/progress", "internal/undo", "internal/vmm",
+	"internal/guestproto", "internal/kvmtest", "internal/linux", "internal/progress", "internal/relink", "internal/undo", "internal/vmm",
 }
 
 // source is one Go file.

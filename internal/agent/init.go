@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -645,81 +644,4 @@ func (p *port) patience(fd int, waiting bool) bool {
 		_ = p.SetWriteDeadline(time.Time{})
 	}
 	return gone
-}
-
-const (
-	vsockPort = 10789
-	hostCID   = 2
-)
-
-// serveVsock serves one host at a time; a new one takes the place of the old.
-func (a *Agent) serveVsock(ctx context.Context) error {
-	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return os.NewSyscallError("socket", err)
-	}
-	listener := os.NewFile(uintptr(fd), "vsock")
-	defer listener.Close() //nolint:errcheck // nothing is lost with it
-	if err = unix.Bind(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_ANY, Port: vsockPort}); err != nil {
-		return os.NewSyscallError("bind", err)
-	}
-	if err = unix.Listen(fd, 4); err != nil {
-		return os.NewSyscallError("listen", err)
-	}
-	end := func() {}
-	defer func() { end() }()
-	for {
-		conn, err := acceptHost(listener)
-		if err != nil {
-			return err
-		}
-		end()
-		end = a.serveConn(ctx, conn)
-	}
-}
-
-// serveConn serves a connection until it ends or end is called.
-func (a *Agent) serveConn(ctx context.Context, conn io.ReadWriteCloser) (end func()) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if err := a.Serve(ctx, conn); err != nil {
-			a.log.WarnContext(ctx, "serve", "error", err)
-		}
-		_ = conn.Close() // it ended, or end closed it
-	}()
-	return func() {
-		_ = conn.Close()
-		<-done
-	}
-}
-
-// acceptHost waits for a connection of the host; others are turned away.
-func acceptHost(listener *os.File) (*os.File, error) {
-	raw, err := listener.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	for {
-		var fd int
-		var from unix.Sockaddr
-		var aerr error
-		err = raw.Read(func(l uintptr) bool {
-			fd, from, aerr = unix.Accept4(int(l), unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
-			return !errors.Is(aerr, unix.EAGAIN)
-		})
-		if err == nil {
-			err = aerr
-		}
-		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.ECONNABORTED) {
-			continue
-		}
-		if err != nil {
-			return nil, os.NewSyscallError("accept", err)
-		}
-		if vm, ok := from.(*unix.SockaddrVM); ok && vm.CID == hostCID {
-			return os.NewFile(uintptr(fd), "vsock"), nil
-		}
-		_ = unix.Close(fd)
-	}
 }

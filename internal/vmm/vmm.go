@@ -287,7 +287,8 @@ type VM interface {
 	FreezeDisk(ctx context.Context) ([]string, error)
 
 	// Memory says where the guest's RAM is mapped: a private mapping of
-	// RestoreSpec.Memory. It returns errdef.ErrUnsupported for a machine that
+	// RestoreSpec.Memory, or of a copy of it that Fill has completed. Pages that are
+	// not the machine's own are as they were when it was restored. It returns errdef.ErrUnsupported for a machine that
 	// was booted and not restored, whose RAM is no such mapping. The space is
 	// good for as long as the machine lives. What is read from it belongs to
 	// one instant only while the machine is paused.

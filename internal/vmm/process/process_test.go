@@ -79,7 +79,7 @@ func start(t *testing.T, what string, hooks process.Hooks) (*process.Process, st
 	}
 	p := s.Watch(hooks)
 	t.Cleanup(func() {
-		if err := p.Kill(context.Background()); err != nil {
+		if err := p.Kill(context.WithoutCancel(t.Context())); err != nil {
 			t.Error(err)
 		}
 	})
@@ -222,10 +222,11 @@ func TestOutput(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := process.Output(exec.CommandContext(t.Context(), self, actEnv, "talk"), 4096); err == nil || len(out) > 4096 {
+	out, err := process.Output(exec.CommandContext(t.Context(), self, actEnv, "talk"), 4096)
+	if err == nil || len(out) > 4096 {
 		t.Errorf("%d bytes, error %v", len(out), err)
 	}
-	out, err := process.Output(exec.CommandContext(t.Context(), self, actEnv, "fail"), 4096)
+	out, err = process.Output(exec.CommandContext(t.Context(), self, actEnv, "fail"), 4096)
 	if err == nil || string(out) != "first\nlast words\n" {
 		t.Errorf("%q, error %v", out, err)
 	}

@@ -28,8 +28,9 @@ type branch struct {
 	sums   []uint32 // of the pages of memory, at the instant of the branch
 }
 
-// branch takes one of vm, which maps origin, relative to base and layers.
-func (h *harness) branch(t *testing.T, vm vmm.VM, origin, base string, layers ...string) branch {
+// branch takes one of vm, whose memory is origin but for its own pages, relative to
+// base and layers.
+func (h *harness) branch(t *testing.T, vm vmm.VM, origin []string, base string, layers ...string) branch {
 	t.Helper()
 	h.count++
 	name := filepath.Join(h.work, "branch"+strconv.Itoa(h.count))
@@ -47,13 +48,13 @@ func (h *harness) branch(t *testing.T, vm vmm.VM, origin, base string, layers ..
 	try(t, vm.SaveDevice(ctx, b.device))
 	space, err := vm.Memory()
 	try(t, err)
-	b.sums = sums(t, space, origin)
+	b.sums = sums(t, space, origin[0])
 	frozen, err := space.Copy(ctx)
 	try(t, err)
 	try(t, vm.Resume(ctx))
 
 	defer func() { try(t, frozen.Close()) }()
-	from, parent := image(t, origin), image(t, base, layers...)
+	from, parent := image(t, origin[0], origin[1:]...), image(t, base, layers...)
 	f := create(t, name+".layer")
 	w, err := guestmem.NewWriter(f, from.Size())
 	try(t, err)
@@ -93,11 +94,11 @@ func (h *harness) branchIsOfOneInstant(t *testing.T) {
 	src := h.restore(t, h.restoreSpec(t))
 	c := identified(t, src)
 	write(t, c, "first")
-	first := h.branch(t, src, h.memory, h.memory)
+	first := h.branch(t, src, []string{h.memory}, h.memory)
 	write(t, c, "second")
-	second := h.branch(t, src, h.memory, first.base, first.layers...)
+	second := h.branch(t, src, []string{h.memory}, first.base, first.layers...)
 	write(t, c, "third")
-	third := h.branch(t, src, h.memory, h.memory)
+	third := h.branch(t, src, []string{h.memory}, h.memory)
 	write(t, c, "later")
 
 	for want, b := range map[string]branch{"first": first, "second": second, "third": third} {
@@ -138,11 +139,15 @@ func (h *harness) has(t *testing.T, spec vmm.RestoreSpec, b branch, want string)
 func (h *harness) branchOfABranch(t *testing.T) {
 	src := h.restore(t, h.restoreSpec(t))
 	write(t, identified(t, src), "child")
-	b := h.branch(t, src, h.memory, h.memory)
-	for _, spec := range []vmm.RestoreSpec{h.filled(t, b), h.flat(t, b)} {
+	b := h.branch(t, src, []string{h.memory}, h.memory)
+	for name, spec := range map[string]vmm.RestoreSpec{"filled": h.filled(t, b), "flat": h.flat(t, b)} {
+		origin := []string{spec.Memory}
+		if name == "filled" {
+			origin = append([]string{b.base}, b.layers...)
+		}
 		child := h.restore(t, spec)
 		write(t, identified(t, child), "grandchild")
-		next := h.branch(t, child, spec.Memory, b.base, b.layers...)
+		next := h.branch(t, child, origin, b.base, b.layers...)
 		h.has(t, h.filled(t, next), next, "grandchild")
 		h.has(t, h.flat(t, next), next, "grandchild")
 		kill(t, child)
@@ -164,7 +169,7 @@ func (h *harness) branchOfAnAdopted(t *testing.T) {
 	again, err := h.Engine.Adopt(within(t, time.Minute), handle)
 	try(t, err)
 	defer kill(t, again)
-	b := h.branch(t, again, h.memory, h.memory)
+	b := h.branch(t, again, []string{h.memory}, h.memory)
 	h.has(t, h.filled(t, b), b, "adopted")
 	if got := read(t, session(t, again)); got != "adopted" {
 		t.Errorf("the source's file holds %q", got)

@@ -90,9 +90,9 @@ func (h *harness) diskIsOfOneInstant(t *testing.T) {
 	c := identified(t, src)
 	put := func(text string) { write(t, c, text); run(t, c, settle) }
 	put("first")
-	first := h.branch(t, src, h.memory, h.memory)
+	first := h.branch(t, src, []string{h.memory}, h.memory)
 	put("second")
-	second := h.branch(t, src, h.memory, first.base, first.layers...)
+	second := h.branch(t, src, []string{h.memory}, first.base, first.layers...)
 	put("later")
 
 	for want, b := range map[string]branch{"first": first, "second": second} {
@@ -159,7 +159,7 @@ func (h *harness) manyBranches(t *testing.T) {
 		write(t, c, strconv.Itoa(i))
 		run(t, c, `head -c 8192 /dev/urandom > part$0; cat part* | cksum > sum; `+settle, strconv.Itoa(i))
 		if i == 5 {
-			early = h.branch(t, vm, h.memory, h.memory)
+			early = h.branch(t, vm, []string{h.memory}, h.memory)
 			continue
 		}
 		try(t, vm.PrepareDisk(ctx))
@@ -171,7 +171,7 @@ func (h *harness) manyBranches(t *testing.T) {
 			t.Fatalf("%d files after %d branches", len(files), i+1)
 		}
 	}
-	late := h.branch(t, vm, h.memory, h.memory)
+	late := h.branch(t, vm, []string{h.memory}, h.memory)
 	kill(t, vm)
 	for want, b := range map[string]branch{"5": early, strconv.Itoa(many - 1): late} {
 		child := h.restore(t, h.filled(t, b))

@@ -233,11 +233,14 @@ func (c *Client) check(a answer, method, path string, v any) error {
 		c.drop()
 		return fmt.Errorf("the answer has status %d, and was to have another", a.status)
 	}
-	if err := decode(a.body, v); err != nil {
-		c.drop()
-		return err
+	err := decode(a.body, v)
+	if a, ok := v.(interface{ settle() error }); ok && err == nil {
+		err = a.settle()
 	}
-	return nil
+	if err != nil {
+		c.drop()
+	}
+	return err
 }
 
 // decode reads one JSON value. Fields that are not known are left out: answers

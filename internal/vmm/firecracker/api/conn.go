@@ -33,13 +33,28 @@ const (
 // conn is one connection, for one request at a time.
 type conn struct {
 	net.Conn
-	limit *io.LimitedReader // below in, bounds what an answer may take of it
-	in    *bufio.Reader
+	end   *end
+	limit *io.LimitedReader // above end, bounds what an answer may take of it
+	in    *bufio.Reader     // above limit
 }
 
 func newConn(c net.Conn) *conn {
-	limit := &io.LimitedReader{R: c}
-	return &conn{Conn: c, limit: limit, in: bufio.NewReaderSize(limit, 4<<10)}
+	end := &end{r: c}
+	limit := &io.LimitedReader{R: end}
+	return &conn{Conn: c, end: end, limit: limit, in: bufio.NewReaderSize(limit, 4<<10)}
+}
+
+// end notes that a connection has ended. Those who read lines from it take what
+// came before for a line.
+type end struct {
+	r       io.Reader
+	reached bool
+}
+
+func (e *end) Read(p []byte) (int, error) {
+	n, err := e.r.Read(p)
+	e.reached = e.reached || errors.Is(err, io.EOF)
+	return n, err
 }
 
 // answer is what came back for a request.
@@ -93,10 +108,13 @@ func (c *conn) send(ctx context.Context, method, path string, body []byte) (answ
 func (c *conn) receive(request *http.Request) (answer, error) {
 	c.limit.N = maxHeader
 	response, err := http.ReadResponse(c.in, request)
-	if err != nil {
-		if c.limit.N <= 0 {
-			return answer{}, fmt.Errorf("the headers of the answer are longer than %d bytes", maxHeader)
-		}
+	switch {
+	case err == nil:
+	case c.limit.N <= 0:
+		return answer{}, fmt.Errorf("the headers of the answer are longer than %d bytes", maxHeader)
+	case c.end.reached:
+		return answer{}, gone(io.ErrUnexpectedEOF)
+	default:
 		return answer{}, gone(err)
 	}
 	defer response.Body.Close() //nolint:errcheck // it closes nothing

@@ -23,30 +23,42 @@ type Instance struct {
 	App     string `json:"app_name"`    // "Firecracker"
 }
 
-// FetchVersion asks for the version: GET /version.
-func (c *Client) FetchVersion(ctx context.Context) (Version, error) {
-	var answer struct {
-		Version string `json:"firecracker_version"`
+// settle wants one of the three states.
+func (i *Instance) settle() error {
+	switch i.State {
+	case NotStarted, Running, Paused:
+		return nil
+	default:
+		return fmt.Errorf("the machine's state is %q, which is not known", clean(i.State, maxVersion))
 	}
-	if err := c.get(ctx, "/version", &answer); err != nil {
-		return Version{}, err
-	}
-	return ParseVersion(answer.Version)
 }
 
 // Instance asks for the state of the machine: GET /. An answer with a state that
 // is none of the three is an error.
 func (c *Client) Instance(ctx context.Context) (Instance, error) {
-	var answer Instance
-	if err := c.get(ctx, "/", &answer); err != nil {
+	var i Instance
+	if err := c.get(ctx, "/", &i); err != nil {
 		return Instance{}, err
 	}
-	switch answer.State {
-	case NotStarted, Running, Paused:
-		return answer, nil
-	default:
-		return Instance{}, fmt.Errorf("GET /: the machine's state is %q, which is not known", clean(answer.State, maxVersion))
-	}
+	return i, nil
+}
+
+// versionAnswer is what Firecracker says of its version.
+type versionAnswer struct {
+	Version string `json:"firecracker_version"`
+	parsed  Version
+}
+
+func (a *versionAnswer) settle() (err error) {
+	a.parsed, err = ParseVersion(a.Version)
+	return err
+}
+
+// FetchVersion asks for the version: GET /version.
+func (c *Client) FetchVersion(ctx context.Context) (Version, error) {
+	var a versionAnswer
+	err := c.get(ctx, "/version", &a)
+	return a.parsed, err
 }
 
 // MachineConfig is the size of a machine. Before boot only.
@@ -57,12 +69,23 @@ type MachineConfig struct {
 	// TrackDirtyPages has KVM note which pages the guest writes, for snapshots of
 	// type Diff.
 	TrackDirtyPages bool `json:"track_dirty_pages,omitempty"`
-	// CPUTemplate is one of Firecracker's own: T2, T2S, T2CL, T2A, C3, V1N1.
-	// Deprecated by Firecracker for CPUConfig, and not by Tine.
+	// CPUTemplate is one of Firecracker's own: T2, T2S, T2CL, T2A or C3; "" leaves
+	// what was there. Firecracker advises to use PutCPUConfig in its place.
 	CPUTemplate string `json:"cpu_template,omitempty"`
 	// HugePages is "" or HugePages2M. A snapshot of a machine with them can not be
 	// loaded from a file.
 	HugePages string `json:"huge_pages,omitempty"`
+}
+
+// settle has what is not there be "", as it was put: some versions say None.
+func (m *MachineConfig) settle() error {
+	if m.CPUTemplate == "None" {
+		m.CPUTemplate = ""
+	}
+	if m.HugePages == "None" {
+		m.HugePages = ""
+	}
+	return nil
 }
 
 // HugePages2M backs guest memory with pages of 2 MiB.
@@ -76,8 +99,10 @@ func (c *Client) PutMachineConfig(ctx context.Context, m MachineConfig) error {
 // MachineConfig asks for the size of the machine: GET /machine-config.
 func (c *Client) MachineConfig(ctx context.Context) (MachineConfig, error) {
 	var m MachineConfig
-	err := c.get(ctx, "/machine-config", &m)
-	return m, err
+	if err := c.get(ctx, "/machine-config", &m); err != nil {
+		return MachineConfig{}, err
+	}
+	return m, nil
 }
 
 // PutCPUConfig sets what of the CPU the guest sees: PUT /cpu-config, before boot
@@ -91,7 +116,7 @@ func (c *Client) PutCPUConfig(ctx context.Context, template json.RawMessage) err
 // files at once.
 type BootSource struct {
 	Kernel string `json:"kernel_image_path"`     // a path
-	Initrd string `json:"initrd_path,omitempty"` // a path
+	Initrd string `json:"initrd_path,omitempty"` // a path; not in 1.10 with huge pages
 	// Args is the kernel's command line; without one Firecracker has its own.
 	Args string `json:"boot_args,omitempty"`
 }
@@ -268,8 +293,9 @@ const (
 	// Full writes all of memory.
 	Full SnapshotType = "Full"
 	// Diff writes the pages that have changed since the machine started, was loaded
-	// or had its last snapshot, if they were tracked; without, those that are in
-	// Firecracker's memory.
+	// or had its last snapshot of type Full, if they were tracked. If not, those that
+	// are in Firecracker's page tables or the page cache, which are too many where
+	// memory is a file (mincore(2)); since 1.13 (UntrackedDiff), an error before.
 	Diff SnapshotType = "Diff"
 )
 
@@ -375,11 +401,15 @@ type VMConfig struct {
 	Entropy           *struct{}          `json:"entropy"`
 }
 
+func (v *VMConfig) settle() error { return v.MachineConfig.settle() }
+
 // VMConfig asks for all that the machine has: GET /vm/config.
 func (c *Client) VMConfig(ctx context.Context) (VMConfig, error) {
 	var v VMConfig
-	err := c.get(ctx, "/vm/config", &v)
-	return v, err
+	if err := c.get(ctx, "/vm/config", &v); err != nil {
+		return VMConfig{}, err
+	}
+	return v, nil
 }
 
 // maxID bounds the name of a device; Firecracker itself has no bound.

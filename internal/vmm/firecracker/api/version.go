@@ -123,6 +123,9 @@ const (
 	// enable_diff_snapshots, which later versions still take. The client chooses.
 	// 1.13.0; vmm_config/snapshot.rs.
 	LoadTrackDirtyPages
+	// UntrackedDiff: snapshots of type Diff of machines whose pages are not tracked.
+	// 1.13.0; get_dirty_bitmap in vstate/vm.rs.
+	UntrackedDiff
 	// PmemDevices: PUT /pmem. 1.14.0; vmm_config/pmem.rs.
 	PmemDevices
 	// SerialConfig: PUT /serial. 1.14.0; vmm_config/serial.rs.
@@ -132,8 +135,9 @@ const (
 	// it always on hosts from Linux 5.16 on, and those that have it never do.
 	// 1.16.0, and by backport 1.15.1 and 1.14.4; vmm_config/snapshot.rs.
 	ClockRealtime
-	// VMClock: a device that tells guests of a load. 1.15.0; the changelog alone,
-	// as it has no part in this interface.
+	// VMClock: a device that tells guests of a load, and notifies them. 1.15.0, by
+	// the changelog, as it has no part in this interface. 1.14 has one already that
+	// it does not mention, and which notifies nobody (devices/acpi/vmclock.rs).
 	VMClock
 	// VsockOverride: another unix socket for the vsock device on load.
 	// 1.16.0; vmm_config/snapshot.rs.
@@ -153,6 +157,7 @@ var since = map[Feature]struct {
 	NetworkOverrides:    {"network overrides on load", Version{Major: 1, Minor: 12}, nil},
 	PCI:                 {"a PCI bus", Version{Major: 1, Minor: 13}, nil},
 	LoadTrackDirtyPages: {"track_dirty_pages on load", Version{Major: 1, Minor: 13}, nil},
+	UntrackedDiff:       {"Diff snapshots without tracked pages", Version{Major: 1, Minor: 13}, nil},
 	PmemDevices:         {"pmem devices", Version{Major: 1, Minor: 14}, nil},
 	SerialConfig:        {"a path for the serial console", Version{Major: 1, Minor: 14}, nil},
 	ClockRealtime: {

@@ -254,11 +254,19 @@ func (m *machine) putConfig(v map[string]any) outcome {
 		o.fault = "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or an even number if SMT is enabled."
 	case mem == 0 || v["huge_pages"] == "2M" && mem%2 == 1:
 		o.fault = "Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size."
+	case v["huge_pages"] == "2M" && m.source["initrd_path"] != nil && !known(m.s.version, []string{"1.11.0"}):
+		o.fault = "Machine config error: " + hugeInitrd
 	default:
+		if v["cpu_template"] == nil { // the one before stays
+			v["cpu_template"] = m.config["cpu_template"]
+		}
 		m.config = v
 	}
 	return o
 }
+
+// hugeInitrd is what 1.10 says of the two.
+const hugeInitrd = "Firecracker's huge pages support is incompatible with initrds."
 
 // osError is an error of the system as Rust prints it.
 func osError(err error) string {
@@ -280,6 +288,9 @@ const maxCommandLine = 2048
 
 func (m *machine) putSource(v map[string]any) outcome {
 	m.boot = true
+	if v["initrd_path"] != nil && m.config["huge_pages"] == "2M" && !known(m.s.version, []string{"1.11.0"}) {
+		return refuse("Boot source error: " + hugeInitrd)
+	}
 	if err := open(v["kernel_image_path"].(string), os.O_RDONLY); err != nil {
 		return refuse("Boot source error: The kernel file cannot be opened: %s", osError(err))
 	}

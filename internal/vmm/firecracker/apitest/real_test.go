@@ -81,6 +81,10 @@ var conversations = map[string][]exchange{
 		{"GET", "/machine-config", "", false},
 		{"PUT", "/machine-config", `{"vcpu_count":2,"mem_size_mib":64,"cpu_template":"T2"}`, false},
 		{"GET", "/machine-config", "", false},
+		{"PUT", "/machine-config", `{"vcpu_count":2,"mem_size_mib":64,"huge_pages":"2M"}`, false},
+		{"GET", "/machine-config", "", false},
+		{"PUT", "/machine-config", `{"vcpu_count":2,"mem_size_mib":64,"cpu_template":"None"}`, false},
+		{"GET", "/machine-config", "", false},
 	},
 	"boot-source": {
 		{"PUT", "/boot-source", `{}`, false},
@@ -90,6 +94,16 @@ var conversations = map[string][]exchange{
 		{"PUT", "/boot-source", `{"kernel_image_path":"$DIR/file","args":"x"}`, false},
 		{"PUT", "/boot-source", `{"kernel_image_path":"$DIR/file","boot_args":"quiet","initrd_path":null}`, false},
 		{"GET", "/vm/config", "", false},
+	},
+	"huge pages and initrd": {
+		{"PUT", "/machine-config", `{"vcpu_count":2,"mem_size_mib":64,"huge_pages":"2M"}`, false},
+		{"GET", "/machine-config", "", false},
+		{"PUT", "/boot-source", `{"kernel_image_path":"$DIR/file","initrd_path":"$DIR/file"}`, false},
+		{"GET", "/vm/config", "", false},
+	},
+	"initrd and huge pages": {
+		{"PUT", "/boot-source", `{"kernel_image_path":"$DIR/file","initrd_path":"$DIR/file"}`, false},
+		{"PUT", "/machine-config", `{"vcpu_count":2,"mem_size_mib":64,"huge_pages":"2M"}`, false},
 	},
 	"drives": {
 		{"PUT", "/drives", `{}`, false},

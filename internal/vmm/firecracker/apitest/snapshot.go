@@ -58,8 +58,12 @@ func (m *machine) createSnapshot(v map[string]any) outcome {
 	if step, err := m.writeState(v["snapshot_path"].(string)); err != nil {
 		return refuse("Create snapshot error: Cannot perform %s on the snapshot backing file: %s", step, osError(err))
 	}
-	if step, err := m.writeMemory(v["mem_file_path"].(string), v["snapshot_type"] == "Diff"); err != nil {
+	diff := v["snapshot_type"] == "Diff"
+	if step, err := m.writeMemory(v["mem_file_path"].(string), diff); err != nil {
 		return refuse("Create snapshot error: Cannot perform %s on the memory backing file: %s", step, osError(err))
+	}
+	if diff && m.config["track_dirty_pages"] != true && !known(m.s.version, []string{"1.13.0"}) {
+		return refuse("Create snapshot error: Cannot get dirty bitmap: No such file or directory (os error 2)")
 	}
 	return outcome{}
 }
