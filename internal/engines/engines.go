@@ -19,13 +19,14 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmm/qemu"
 )
 
 // The names that Config.Name can have.
 const (
 	Auto        = "auto" // the best that is usable
-	Firecracker = "firecracker"
+	Firecracker = firecracker.Name
 	QEMUKVM     = "qemu-kvm"
 	QEMUTCG     = "qemu-tcg"
 )
@@ -153,7 +154,7 @@ func (h *host) choose(ctx context.Context) (vmm.Engine, error) {
 func (h *host) first(ctx context.Context, all []candidate) (engine vmm.Engine, err error) {
 	for _, c := range all {
 		engine, err = h.open(ctx, c)
-		if err == nil || ctx.Err() != nil || errors.Is(err, errdef.ErrInvalid) {
+		if err == nil || ctx.Err() != nil || (errors.Is(err, errdef.ErrInvalid) && !errors.Is(err, errdef.ErrUnavailable)) {
 			break
 		}
 		h.log.DebugContext(ctx, "engine is not usable", "engine", c.name, "error", err)
@@ -199,8 +200,8 @@ func reason(err error) string {
 	return text
 }
 
-func (h *host) openFirecracker(context.Context) (vmm.Engine, string, error) {
-	return nil, "", fmt.Errorf("%w: not in this version", errdef.ErrUnsupported)
+func (h *host) openFirecracker(ctx context.Context) (vmm.Engine, string, error) {
+	return h.onKVM(ctx, firecrackerProber{h.cfg.Firecracker}, h.firecracker)
 }
 
 func (h *host) openKVM(ctx context.Context) (vmm.Engine, string, error) {
@@ -217,6 +218,16 @@ func (h *host) openTCG(ctx context.Context) (vmm.Engine, string, error) {
 
 // opener opens an engine in a jail, nil for none.
 type opener func(context.Context, *jail.Config) (vmm.Engine, error)
+
+func (h *host) firecracker(ctx context.Context, in *jail.Config) (vmm.Engine, error) {
+	engine, err := firecracker.New(ctx, firecracker.Config{
+		Binary: h.cfg.Firecracker, CPUTemplate: h.cfg.CPUTemplate, Jail: in, Logger: h.cfg.Logger,
+	})
+	if err != nil && errdef.Hint(err) == "" {
+		err = errdef.WithHint(err, "name a release of Firecracker with --firecracker, or use another --engine")
+	}
+	return engine, err
+}
 
 func (h *host) qemu(accel qemu.Accel) opener {
 	return func(ctx context.Context, in *jail.Config) (vmm.Engine, error) {

@@ -186,7 +186,7 @@ func TestChooseCancelled(t *testing.T) {
 func TestChooseByName(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string]error{
-		QEMUTCG: nil, Firecracker: errdef.ErrUnsupported, "qemu": errdef.ErrInvalid, "../x": errdef.ErrInvalid,
+		QEMUTCG: nil, Firecracker: errdef.ErrUnavailable, "qemu": errdef.ErrInvalid, "../x": errdef.ErrInvalid,
 	} {
 		h := fakeHost(t, "works")
 		h.cfg.Name = name
@@ -235,7 +235,7 @@ func TestRequireJail(t *testing.T) {
 func TestSurvey(t *testing.T) {
 	t.Parallel()
 	want := []Report{
-		{Name: Firecracker, Reason: "not in this version", Err: errdef.ErrUnsupported},
+		{Name: Firecracker, Usable: true, Reason: "at this boot, a probe machine ran", Version: "1.16.1"},
 		{Name: QEMUKVM, Usable: true, Reason: "at this boot, a probe machine ran", Version: "9.9.9 (fake)"},
 		{Name: QEMUTCG, Usable: true, Reason: "software emulation, on any host", Version: "9.9.9 (fake)"},
 	}
