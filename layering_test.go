@@ -116,7 +116,8 @@ var mayImport = map[string][]string{
 	},
 	"internal/doctor": {"internal/engines", "internal/errdef", "internal/image", "internal/linux", "internal/vmm"},
 	"internal/engines": {
-		"internal/durable", "internal/errdef", "internal/jail", "internal/linux", "internal/vmm", "internal/vmm/qemu",
+		"internal/durable", "internal/errdef", "internal/jail", "internal/linux", "internal/vmm", "internal/vmm/firecracker",
+		"internal/vmm/process", "internal/vmm/qemu",
 	},
 
 	// Only for tests.

@@ -25,19 +25,15 @@ func chosen(t *testing.T) (suites []suite, missing []string) {
 		{engine: qemuKVM, pkg: "internal/vmm/qemu", tests: []string{"TestEngine"}},
 		{engine: qemuKVM, pkg: "cmd/tine", tests: []string{"TestBranchDailyPath"}, only: []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"}},
 	}
-	const pkg = "internal/vmm/firecracker"
-	found, err := filepath.Glob(filepath.Join("..", "..", pkg, "*_vm_test.go"))
-	switch {
-	case err != nil:
-		t.Fatal(err)
-	case os.Getenv("FIRECRACKER") == "":
-		missing = append(missing, "NOT RUN: firecracker: FIRECRACKER is not set")
-	case len(found) == 0:
-		missing = append(missing, "NOT RUN: firecracker: "+pkg+" has no tests that boot machines")
-	default:
-		suites = append(suites, suite{engine: firecracker, pkg: pkg})
+	if os.Getenv("FIRECRACKER") == "" {
+		return suites, append(missing, "NOT RUN: firecracker: FIRECRACKER is not set")
 	}
-	return suites, missing
+	probes := []string{"TestFirecrackerProbe", "TestFirecrackerProbeTells", "TestChooseHere"}
+	return append(suites,
+		suite{engine: firecracker, pkg: "internal/engines", tests: probes, only: probes},
+		suite{engine: firecracker, pkg: "internal/vmm/firecracker"},
+		suite{engine: firecracker, pkg: "cmd/tine", tests: []string{"TestBranchDailyPath"}, only: []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"}},
+	), missing
 }
 
 // build makes the test programs of the suites' packages, and returns their paths.
