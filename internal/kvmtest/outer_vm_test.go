@@ -77,9 +77,9 @@ func boot(t *testing.T, init string) image.Image {
 }
 
 // outer runs a plan in an outer guest, passing on what the tests say, and returns
-// what it reported; nothing, if it did not. A boot that gets stuck, as under a busy
-// emulator one in some forty did, says nothing of what is to be tested, and another
-// is tried. Once the plan has begun none is.
+// what it reported; nothing, if it did not. A boot that gets stuck, as one in some
+// forty did when the guest had two processors, says nothing of what is to be
+// tested, and another is tried. Once the plan has begun none is.
 func outer(t *testing.T, g outerGuest, nonce string) result {
 	t.Helper()
 	start := time.Now()
