@@ -35,7 +35,8 @@ func chosen(t *testing.T) (suites []suite, missing []string) {
 	t.Helper()
 	suites = []suite{
 		{
-			engine: qemuKVM, pkg: "internal/vmm/qemu", short: []string{"TestEngine"},
+			engine: qemuKVM, pkg: "internal/vmm/qemu",
+			only: []string{"TestEngine", "TestConsole", "TestDisk", "TestDiskInGuest", "TestBranch", "TestNet"}, short: []string{"TestEngine"},
 			shortParts: "(forks-are-independent|adopted-after-detach|branch-of-an-adopted-machine|dead-machine)",
 		},
 		{
