@@ -89,7 +89,7 @@ func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
 // tine runs a command and returns what it printed and its exit code.
 func (h *host) tine(args ...string) (stdout, stderr string, code int) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(h.t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := h.command(ctx, args...)
 	var out, errOut bytes.Buffer
