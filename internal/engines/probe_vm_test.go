@@ -66,7 +66,7 @@ func TestProbeKVM(t *testing.T) {
 
 // Auto decides at once, and what it chose says its version.
 func TestChooseHere(t *testing.T) {
-	cfg := Config{StateDir: t.TempDir(), Kernel: vmtest.Image(t).KernelPath()}
+	cfg := Config{StateDir: t.TempDir(), Kernel: vmtest.Image(t).KernelPath(), Firecracker: os.Getenv("FIRECRACKER")}
 	start := time.Now()
 	engine, err := Choose(t.Context(), cfg)
 	if err != nil {
