@@ -14,6 +14,7 @@
 package firecracker
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -25,6 +26,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
@@ -46,6 +48,10 @@ type Config struct {
 	Jail *jail.Config
 	// Logger may be nil.
 	Logger *slog.Logger
+
+	// Tests have others; the zero values stand for answerTime and kvmDevice.
+	answer time.Duration
+	kvm    string
 }
 
 // Name is the engine's.
@@ -58,6 +64,8 @@ type Engine struct {
 	template cpuTemplate
 	host     vmm.Host
 	keeper   process.Keeper
+	answer   time.Duration // answerTime
+	kvm      string        // kvmDevice
 }
 
 var _ vmm.Engine = (*Engine)(nil)
@@ -87,11 +95,14 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if binary, err = filepath.Abs(binary); err != nil {
 		return nil, err
 	}
-	e := &Engine{binary: binary, keeper: process.Keeper{Engine: Name, Monitor: "Firecracker", Logger: cfg.Logger}}
+	e := &Engine{
+		binary: binary, keeper: process.Keeper{Engine: Name, Monitor: "Firecracker", Logger: cfg.Logger},
+		answer: cmp.Or(cfg.answer, answerTime), kvm: cmp.Or(cfg.kvm, kvmDevice),
+	}
 	if e.keeper.Logger == nil {
 		e.keeper.Logger = slog.New(slog.DiscardHandler)
 	}
-	if e.version, err = askVersion(ctx, binary); err != nil {
+	if e.version, err = askVersion(ctx, binary, e.answer); err != nil {
 		return nil, err
 	}
 	if e.template, err = readTemplate(cfg.CPUTemplate); err != nil {
@@ -112,12 +123,12 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 }
 
 // askVersion runs a program that says "Firecracker v1.16.1" and more.
-func askVersion(ctx context.Context, binary string) (api.Version, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
+func askVersion(ctx context.Context, binary string, most time.Duration) (api.Version, error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, binary, "--version")
 	cmd.Env = process.Environment()
-	cmd.WaitDelay = answerTime // for what it may have left behind, with our pipe
+	cmd.WaitDelay = most // for what it may have left behind, with our pipe
 	out, err := process.Output(cmd, 64<<10)
 	if err != nil {
 		if ctx.Err() != nil {

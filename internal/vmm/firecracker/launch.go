@@ -250,7 +250,7 @@ func (l *launcher) complete() error {
 	if root.Size() == 0 || root.Size()%pmemAlign != 0 {
 		return fmt.Errorf("root image %s: size %d is not a multiple of %d", l.spec.Root, root.Size(), pmemAlign)
 	}
-	if err = errors.Join(l.names.add(rootFile, l.spec.Root, os.O_RDONLY), l.names.device(kvmDevice)); err != nil {
+	if err = errors.Join(l.names.add(rootFile, l.spec.Root, os.O_RDONLY), l.names.device(kvmDevice, l.engine.kvm)); err != nil {
 		return explainKVM(err)
 	}
 	l.files = append(l.files, l.spec.Leases...)

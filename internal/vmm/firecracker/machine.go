@@ -43,7 +43,11 @@ type machine struct {
 	work     sync.WaitGroup // on streams
 }
 
-var errNoAnswer = fmt.Errorf("%w: Firecracker has not answered in %v", errdef.ErrTimeout, answerTime)
+// bounded is ctx for what Firecracker does in milliseconds.
+func (e *Engine) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	late := fmt.Errorf("%w: Firecracker has not answered in %v", errdef.ErrTimeout, e.answer)
+	return context.WithTimeoutCause(ctx, e.answer, late)
+}
 
 // hooks are what comes with the end of Firecracker.
 func (m *machine) hooks() process.Hooks {
@@ -61,7 +65,7 @@ func (m *machine) hooks() process.Hooks {
 // connect waits until Firecracker answers, and sees that it is the one that the
 // engine knows.
 func (m *machine) connect(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	if m.client, err = m.dial(ctx); err != nil {
 		return err
@@ -182,7 +186,7 @@ func (m *machine) relink() {
 
 // Paused reports whether the vCPUs stand still.
 func (m *machine) Paused(ctx context.Context) (bool, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	i, err := m.client.Instance(ctx)
 	if err != nil {
@@ -199,7 +203,7 @@ func (m *machine) Pause(ctx context.Context) error {
 }
 
 func (m *machine) pause(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	if err := m.client.Pause(ctx); err != nil {
 		return m.gone(fmt.Errorf("pause: %w", err))
@@ -226,7 +230,7 @@ func (m *machine) resume(ctx context.Context) error {
 			return fmt.Errorf("resume: %w", err)
 		}
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	if err = m.client.Resume(ctx); err != nil {
 		return m.gone(fmt.Errorf("resume: %w", err))
@@ -257,7 +261,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			late, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTime)
+			late, cancel := m.engine.bounded(context.WithoutCancel(ctx))
 			defer cancel()
 			err = errors.Join(err, m.resume(late))
 		}
@@ -304,7 +308,7 @@ func (m *machine) SaveDevice(ctx context.Context, device string) error {
 // of that shows how far it got, and the state has a checksum. The machine is none
 // the worse: an error in that place undoes nothing and changes nothing.
 func (m *machine) save(ctx context.Context) ([]byte, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	m.reset = true
 	err := m.client.CreateSnapshot(ctx, api.Snapshot{Type: api.Full, State: stateFile, Mem: nowhere})

@@ -60,8 +60,8 @@ func (n *names) add(name, path string, flags int) error {
 	return nil
 }
 
-// device is for what has the same name for everyone.
-func (n *names) device(path string) error {
+// device is for what has the same name for everyone. It is at path.
+func (n *names) device(name, path string) error {
 	if !n.jailed {
 		return nil
 	}
@@ -69,7 +69,7 @@ func (n *names) device(path string) error {
 	if err != nil {
 		return err
 	}
-	n.files[path] = f
+	n.files[name] = f
 	return nil
 }
 
