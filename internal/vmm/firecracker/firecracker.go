@@ -28,6 +28,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/vmm"
@@ -158,14 +160,7 @@ func readTemplate(name string) (cpuTemplate, error) {
 	if name == "" || staticTemplates.MatchString(name) {
 		return cpuTemplate{name: name, title: name}, nil
 	}
-	info, err := os.Stat(name)
-	if err == nil && info.Size() > maxTemplate {
-		err = fmt.Errorf("%d bytes are more than %d", info.Size(), maxTemplate)
-	}
-	var text []byte
-	if err == nil {
-		text, err = os.ReadFile(name)
-	}
+	text, err := readTemplateFile(name)
 	if err == nil && !json.Valid(text) {
 		err = errors.New("it is not JSON")
 	}
@@ -180,6 +175,22 @@ func readTemplate(name string) (cpuTemplate, error) {
 		return '?'
 	}, filepath.Base(name))
 	return cpuTemplate{custom: text, title: fmt.Sprintf("%.40s@%x", plain, sha256.Sum256(text))}, nil
+}
+
+func readTemplateFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe would wait
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }() // only read
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("it is no regular file")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return readAll(f, maxTemplate)
 }
 
 // Name is "firecracker".
