@@ -80,8 +80,10 @@ func disk(t *testing.T, e *Engine) {
 	wantCopies("disk.own.1", "disk.own.2")
 	try(t, vm.PrepareDisk(ctx))
 	wantCopies("disk.own.2")
+	kept := filepath.Join(t.TempDir(), "kept")
+	try(t, os.Link(second, kept)) // as a snapshot does
 	fork := restore(t, e, vmm.RestoreSpec{
-		Common: again(t, r, "g").Common, Memory: r.Memory, Device: r.Device, Disk: []string{second},
+		Common: again(t, r, "g").Common, Memory: r.Memory, Device: r.Device, Disk: []string{kept},
 	})
 	freezeDisk(t, fork, "second")
 

@@ -366,7 +366,7 @@ func refusesForks(t *testing.T, e *Engine) {
 		t.Run(name, func(t *testing.T) {
 			spec := again(t, good, "refusedfork")
 			spec.Fill = func(context.Context, guestmem.Space) error {
-				if _, text := tt.want.(string); !text {
+				if strings.Contains(name, "state") {
 					t.Error("memory was filled")
 				}
 				return nil

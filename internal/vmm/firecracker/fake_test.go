@@ -190,7 +190,7 @@ func faults() map[string]apitest.Fault {
 		"link":      trap(secret(stateFile)),
 		"pipe":      trap(func() error { return unix.Mkfifo(stateFile, 0o600) }),
 		"directory": trap(func() error { return os.Mkdir(stateFile, 0o700) }),
-		"junk":      trap(func() error { return os.WriteFile(stateFile, make([]byte, 4097), 0o600) }),
+		"junk":      trap(func() error { return os.WriteFile(stateFile, []byte(strings.Repeat("x", 4097)), 0o600) }),
 		"empty":     trap(func() error { return os.WriteFile(stateFile, nil, 0o600) }),
 		"huge": trap(func() error {
 			f, err := os.OpenFile(stateFile, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
