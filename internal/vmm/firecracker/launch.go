@@ -247,11 +247,14 @@ func (l *launcher) complete() error {
 	if err != nil {
 		return err
 	}
-	if root.Size() == 0 || root.Size()%pmemAlign != 0 {
-		return fmt.Errorf("root image %s: size %d is not a multiple of %d", l.spec.Root, root.Size(), pmemAlign)
+	if !root.Mode().IsRegular() || root.Size() == 0 || root.Size()%pmemAlign != 0 {
+		return fmt.Errorf("%w: root image %s: not a file of a multiple of %d bytes", errdef.ErrInvalid, l.spec.Root, pmemAlign)
 	}
-	if err = errors.Join(l.names.add(rootFile, l.spec.Root, os.O_RDONLY), l.names.device(kvmDevice, l.engine.kvm)); err != nil {
+	if err = l.names.device(kvmDevice, l.engine.kvm); err != nil {
 		return explainKVM(err)
+	}
+	if err = l.names.add(rootFile, l.spec.Root, os.O_RDONLY); err != nil {
+		return err
 	}
 	l.files = append(l.files, l.spec.Leases...)
 	if !l.spec.Machine.Net {
@@ -266,9 +269,6 @@ func (l *launcher) complete() error {
 
 // explainKVM says what to do about a device that cannot be opened.
 func explainKVM(err error) error {
-	if !strings.Contains(err.Error(), kvmDevice) {
-		return err
-	}
 	err = fmt.Errorf("%w: %w", errdef.ErrUnavailable, err)
 	return errdef.WithHint(err, "this user must be allowed to read and write "+kvmDevice+"; on many hosts the group kvm is")
 }
