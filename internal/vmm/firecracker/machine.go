@@ -269,6 +269,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	m.reset = true
 	// No bound of ours: it writes all of the memory.
 	if err = m.client.CreateSnapshot(ctx, api.Snapshot{Type: api.Full, State: stateFile, Mem: memoryFile}); err != nil {
+		m.dropState()
 		return m.gone(fmt.Errorf("freeze: %w", err))
 	}
 	state, err := m.takeState()
@@ -315,8 +316,10 @@ func (m *machine) save(ctx context.Context) ([]byte, error) {
 	var refused *api.Error
 	switch {
 	case err == nil:
+		m.dropState()
 		return nil, fmt.Errorf("%w: Firecracker has found %s", errdef.ErrConflict, nowhere)
 	case !errors.As(err, &refused) || !strings.Contains(refused.Message, "open on the memory backing file"):
+		m.dropState()
 		return nil, m.gone(err)
 	}
 	return m.takeState()
@@ -329,10 +332,15 @@ func (m *machine) takeState() ([]byte, error) {
 		err = verifyState(data)
 	}
 	if err != nil {
+		m.dropState()
 		return nil, fmt.Errorf("read device state: %w", err)
 	}
 	return data, m.place.Remove(stateFile)
 }
+
+// dropState removes device state that is of no use, if there is any: Firecracker
+// leaves it when it can write no memory. The next would take its place.
+func (m *machine) dropState() { _ = m.place.Remove(stateFile) }
 
 // Console returns the first 64 KiB of what the guest wrote to its serial console.
 func (m *machine) Console(context.Context) (string, error) { return m.console.text() }
