@@ -216,7 +216,8 @@ func (e *Engine) Close() error { return e.keeper.Close() }
 
 // Adopt takes over a machine whose process is still the one in h.
 func (e *Engine) Adopt(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
-	m := &machine{engine: e, handle: h}
+	m := &machine{engine: e, handle: h, ready: make(chan struct{})}
+	defer close(m.ready)
 	var err error
 	if m.Process, err = e.keeper.Adopt(h, m.hooks()); err != nil { //nolint:contextcheck // it is watched for as long as it lives
 		return nil, err

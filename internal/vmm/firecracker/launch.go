@@ -225,7 +225,8 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 		return nil, err
 	}
 	u.Release() // what comes now is the machine's
-	m := &machine{engine: l.engine, handle: p.Handle(), started: p, names: l.names, console: console}
+	m := &machine{engine: l.engine, handle: p.Handle(), started: p, names: l.names, console: console, ready: make(chan struct{})}
+	defer close(m.ready)
 	m.Process = p.Watch(m.hooks()) //nolint:contextcheck // for as long as it lives
 	l.names = names{}              // they are the machine's
 	if m.place, err = openPlace(m.handle); err == nil {

@@ -27,7 +27,9 @@ type machine struct {
 	console  *console // nil if it could not be had
 	place    place
 	client   *api.Client
+	ready    chan struct{} // closed when the two are what they will be
 
+	detaching sync.Once
 	settling sync.Once // guards the two below
 	started  *process.Started
 	names    names
@@ -58,7 +60,10 @@ func (m *machine) hooks() process.Hooks {
 			}
 			return err
 		},
-		Gone: func() { _ = m.Detach() }, // nobody is at the other end
+		Gone: func() {
+			<-m.ready
+			_ = m.Detach() // nobody is at the other end
+		},
 	}
 }
 
@@ -99,8 +104,14 @@ func (m *machine) settle() (err error) {
 	return err
 }
 
-// Detach lets go of Firecracker and leaves it running.
-func (m *machine) Detach() error {
+// Detach lets go of Firecracker and leaves it running. What it has let go of
+// already it leaves alone.
+func (m *machine) Detach() (err error) {
+	m.detaching.Do(func() { err = m.detach() })
+	return err
+}
+
+func (m *machine) detach() error {
 	err := m.settle()
 	m.streamMu.Lock()
 	stream := m.stream
