@@ -37,7 +37,13 @@ type launcher struct {
 	files  []*os.File // handed down, the caller's and the cell's
 	before map[string]func(context.Context) error
 	fresh  int64 // how long a file it may make, beside its state
-	there  atomic.Pointer[machine]
+	there  atomic.Pointer[loading]
+}
+
+// loading is a machine that was told to load a snapshot.
+type loading struct {
+	m     *machine
+	bound *time.Timer // ends it
 }
 
 func (e *Engine) newLauncher(spec vmm.Common) *launcher {
@@ -146,12 +152,23 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 		return nil, err
 	}
 	u.Add(func() error { return m.Kill(context.WithoutCancel(ctx)) })
-	err = m.client.LoadSnapshot(ctx, api.Load{State: deviceFile, Mem: memoryFile, Resume: !spec.Paused})
+	err = l.load(ctx, m, !spec.Paused)
 	if err = errors.Join(err, m.settle()); err != nil {
 		return nil, m.gone(fmt.Errorf("load snapshot: %w", err))
 	}
 	u.Release()
 	return m, nil
+}
+
+// load has Firecracker load the snapshot, for which it has no longer than for
+// anything else, but for what fill takes.
+func (l *launcher) load(ctx context.Context, m *machine, resume bool) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	bound := time.AfterFunc(l.engine.answer, func() { cancel(l.engine.late()) })
+	defer bound.Stop()
+	l.there.Store(&loading{m, bound})
+	return m.client.LoadSnapshot(ctx, api.Load{State: deviceFile, Mem: memoryFile, Resume: resume})
 }
 
 // memory gives the machine the image at path, copied on write, and completed by
@@ -183,11 +200,13 @@ func (l *launcher) memory(ctx context.Context, path string, fill fillFunc) (err 
 // (restore_from_snapshot in src/vmm/src/persist.rs, from v1.10 to v1.16).
 func (l *launcher) fillThere(fill fillFunc) func(context.Context) error {
 	return func(ctx context.Context) error {
-		m := l.there.Load()
-		if m == nil {
+		there := l.there.Load()
+		if there == nil {
 			return fmt.Errorf("%w: Firecracker opens KVM before it was asked to", errdef.ErrUnsupported)
 		}
-		space, err := m.Memory()
+		there.bound.Stop()
+		defer there.bound.Reset(l.engine.answer)
+		space, err := there.m.Memory()
 		if err == nil {
 			err = fill(ctx, space)
 		}
@@ -235,7 +254,6 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	if err != nil {
 		return nil, errors.Join(m.gone(err), m.Kill(context.WithoutCancel(ctx)))
 	}
-	l.there.Store(m)
 	return m, nil
 }
 

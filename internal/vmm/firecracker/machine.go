@@ -47,8 +47,11 @@ type machine struct {
 
 // bounded is ctx for what Firecracker does in milliseconds.
 func (e *Engine) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
-	late := fmt.Errorf("%w: Firecracker has not answered in %v", errdef.ErrTimeout, e.answer)
-	return context.WithTimeoutCause(ctx, e.answer, late)
+	return context.WithTimeoutCause(ctx, e.answer, e.late())
+}
+
+func (e *Engine) late() error {
+	return fmt.Errorf("%w: Firecracker has not answered in %v", errdef.ErrTimeout, e.answer)
 }
 
 // hooks are what comes with the end of Firecracker.
