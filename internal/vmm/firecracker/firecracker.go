@@ -144,8 +144,8 @@ func askVersion(ctx context.Context, binary string, most time.Duration) (api.Ver
 		return api.Version{}, fmt.Errorf("%w: %s does not say that it is Firecracker", errdef.ErrUnavailable, binary)
 	}
 	version, err := api.ParseVersion(number)
-	if err != nil {
-		return api.Version{}, fmt.Errorf("%w: ask %s for its version: %w", errdef.ErrUnavailable, binary, err)
+	if err != nil { // in one category: it is not for the user to change what he asked for
+		return api.Version{}, fmt.Errorf("%w: ask %s for its version: %s", errdef.ErrUnavailable, binary, err.Error())
 	}
 	return version, version.Check()
 }
