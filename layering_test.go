@@ -133,8 +133,8 @@ var mayImport = map[string][]string{
 	"internal/vmm/firecracker/apitest": {"internal/vmm/firecracker/api"},
 	"internal/vmm/vmmtest":             {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
 	"internal/vmtest": {
-		"internal/cgroup", "internal/deterministic", "internal/durable", "internal/image", "internal/jail", "internal/sandbox",
-		"internal/snapshot", "internal/vmm", "internal/vmm/qemu",
+		"internal/cgroup", "internal/deterministic", "internal/durable", "internal/errdef", "internal/image", "internal/jail",
+		"internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/firecracker", "internal/vmm/qemu",
 	},
 }
 

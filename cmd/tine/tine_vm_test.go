@@ -53,11 +53,11 @@ func newHost(t *testing.T) *host {
 	return h
 }
 
-// machines are the QEMUs that work in the state directory.
+// machines are the monitors that work in the state directory.
 func (h *host) machines() []int {
 	h.t.Helper()
 	pids, err := linux.FindProcesses(func(_ int, argv []string) bool {
-		return len(argv) > 0 && strings.Contains(argv[0], "qemu") &&
+		return len(argv) > 0 && (strings.Contains(argv[0], "qemu") || strings.Contains(argv[0], "firecracker")) &&
 			slices.ContainsFunc(sandboxes(h.dir), func(id string) bool { return slices.Contains(argv, "tine-"+id) })
 	})
 	if err != nil {

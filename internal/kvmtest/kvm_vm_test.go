@@ -130,7 +130,7 @@ func (s suite) plan(t *testing.T, program string) plan {
 func (s suite) env() []string {
 	env := []string{"TINE_TEST_ENGINE=" + s.engine}
 	for name, path := range s.monitors() {
-		env = append(env, name+"="+path)
+		env = append(env, name+"="+path, "TINE_"+name+"="+path) // for tests, and for tine
 	}
 	return env
 }
