@@ -30,9 +30,9 @@ type machine struct {
 	ready    chan struct{} // closed when the two are what they will be
 
 	detaching sync.Once
-	settling sync.Once // guards the two below
-	started  *process.Started
-	names    names
+	settling  sync.Once // guards the two below
+	started   *process.Started
+	names     names
 
 	// turn is held while the machine is paused, resumed or saved.
 	turn sync.Mutex
