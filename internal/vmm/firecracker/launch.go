@@ -112,7 +112,10 @@ func (l *launcher) makeMemory(path string) error {
 		return err
 	}
 	l.fresh = int64(l.spec.Machine.MemoryMiB) << 20
-	return l.names.add(memoryFile, path, os.O_WRONLY)
+	if err = l.names.add(memoryFile, path, os.O_WRONLY); err != nil {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }
 
 // Restore brings up a machine that shares a frozen one's memory.
