@@ -88,6 +88,7 @@ func (e *Engine) start(ctx context.Context, spec vmm.StartSpec) (_ *machine, err
 	if err != nil {
 		return nil, err
 	}
+	defer close(m.ready)
 	u.Add(func() error { return m.Kill(context.WithoutCancel(ctx)) })
 	m.template = spec.Memory != ""
 	if err = m.boot(ctx, spec); err != nil {
@@ -112,7 +113,10 @@ func (l *launcher) makeMemory(path string) error {
 		return err
 	}
 	l.fresh = int64(l.spec.Machine.MemoryMiB) << 20
-	return l.names.add(memoryFile, path, os.O_WRONLY)
+	if err = l.names.add(memoryFile, path, os.O_WRONLY); err != nil {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }
 
 // Restore brings up a machine that shares a frozen one's memory.
@@ -151,6 +155,7 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	if err != nil {
 		return nil, err
 	}
+	defer close(m.ready)
 	u.Add(func() error { return m.Kill(context.WithoutCancel(ctx)) })
 	err = l.load(ctx, m, !spec.Paused)
 	if err = errors.Join(err, m.settle()); err != nil {
@@ -217,7 +222,8 @@ func (l *launcher) fillThere(fill fillFunc) func(context.Context) error {
 	}
 }
 
-// launch starts Firecracker, and returns when it answers.
+// launch starts Firecracker, and returns when it answers. The caller closes
+// machine.ready.
 func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
@@ -245,13 +251,13 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	}
 	u.Release() // what comes now is the machine's
 	m := &machine{engine: l.engine, handle: p.Handle(), started: p, names: l.names, console: console, ready: make(chan struct{})}
-	defer close(m.ready)
 	m.Process = p.Watch(m.hooks()) //nolint:contextcheck // for as long as it lives
 	l.names = names{}              // they are the machine's
 	if m.place, err = openPlace(m.handle); err == nil {
 		err = m.connect(ctx)
 	}
 	if err != nil {
+		close(m.ready)
 		return nil, errors.Join(m.gone(err), m.Kill(context.WithoutCancel(ctx)))
 	}
 	return m, nil

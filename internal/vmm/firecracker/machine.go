@@ -27,12 +27,14 @@ type machine struct {
 	console  *console // nil if it could not be had
 	place    place
 	client   *api.Client
-	ready    chan struct{} // closed when the two are what they will be
+	// ready is closed when the machine is made, or could not be. The end of a
+	// Firecracker that could not load waits for it, so that its answer is heard.
+	ready chan struct{}
 
 	detaching sync.Once
-	settling sync.Once // guards the two below
-	started  *process.Started
-	names    names
+	settling  sync.Once // guards the two below
+	started   *process.Started
+	names     names
 
 	// turn is held while the machine is paused, resumed or saved.
 	turn sync.Mutex
