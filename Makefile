@@ -53,7 +53,6 @@ test-unit: ## run the tests that boot nothing; they need no root and no network
 test-vm: setup-tests build ## run the tests that boot virtual machines
 	$(GO) test -tags vm -count 1 -p 2 -timeout 15m $(VM_PACKAGES)
 
-# One emulated machine takes both processors, so nothing else runs beside it.
 # FIRECRACKER and JAILER are paths of the programs, where there are any.
 KVM_TEST = $(GO) test -tags vm -count 1 -v -timeout 30m ./internal/kvmtest
 

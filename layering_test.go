@@ -116,7 +116,8 @@ var mayImport = map[string][]string{
 	},
 	"internal/doctor": {"internal/engines", "internal/errdef", "internal/image", "internal/linux", "internal/vmm"},
 	"internal/engines": {
-		"internal/durable", "internal/errdef", "internal/jail", "internal/linux", "internal/vmm", "internal/vmm/qemu",
+		"internal/durable", "internal/errdef", "internal/jail", "internal/linux", "internal/vmm", "internal/vmm/firecracker",
+		"internal/vmm/process", "internal/vmm/qemu",
 	},
 
 	// Only for tests.
@@ -132,8 +133,8 @@ var mayImport = map[string][]string{
 	"internal/vmm/firecracker/apitest": {"internal/vmm/firecracker/api"},
 	"internal/vmm/vmmtest":             {"internal/errdef", "internal/guest", "internal/guestmem", "internal/vmm"},
 	"internal/vmtest": {
-		"internal/cgroup", "internal/deterministic", "internal/durable", "internal/image", "internal/jail", "internal/sandbox",
-		"internal/snapshot", "internal/vmm", "internal/vmm/qemu",
+		"internal/cgroup", "internal/deterministic", "internal/durable", "internal/errdef", "internal/image", "internal/jail",
+		"internal/sandbox", "internal/snapshot", "internal/vmm", "internal/vmm/firecracker", "internal/vmm/qemu",
 	},
 }
 

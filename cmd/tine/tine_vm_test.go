@@ -53,11 +53,11 @@ func newHost(t *testing.T) *host {
 	return h
 }
 
-// machines are the QEMUs that work in the state directory.
+// machines are the monitors that work in the state directory.
 func (h *host) machines() []int {
 	h.t.Helper()
 	pids, err := linux.FindProcesses(func(_ int, argv []string) bool {
-		return len(argv) > 0 && strings.Contains(argv[0], "qemu") &&
+		return len(argv) > 0 && (strings.Contains(argv[0], "qemu") || strings.Contains(argv[0], "firecracker")) &&
 			slices.ContainsFunc(sandboxes(h.dir), func(id string) bool { return slices.Contains(argv, "tine-"+id) })
 	})
 	if err != nil {
@@ -89,7 +89,7 @@ func (h *host) command(ctx context.Context, args ...string) *exec.Cmd {
 // tine runs a command and returns what it printed and its exit code.
 func (h *host) tine(args ...string) (stdout, stderr string, code int) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(h.t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := h.command(ctx, args...)
 	var out, errOut bytes.Buffer

@@ -61,7 +61,7 @@ func (p Parts) open(ctx context.Context, o cli.HostOptions, cfg daemon.Config) (
 	if cfg.Net, err = netConfig(o.Isolation); err != nil {
 		return nil, nil, err
 	}
-	if cfg.Engine, err = engines.Choose(ctx, engineConfig(o)); err != nil {
+	if cfg.Engine, err = engines.Choose(ctx, engineConfig(o, cfg.Logger)); err != nil {
 		return nil, nil, err
 	}
 	cfg.StateDir, cfg.Version, cfg.Twin = o.StateDir, p.Version, TwinRole()
@@ -189,9 +189,9 @@ func (p Parts) doctor(ctx context.Context, o cli.HostOptions) ([]client.Check, e
 
 // engineConfig says how to look for engines: with a kernel to try, once an
 // image has brought one.
-func engineConfig(o cli.HostOptions) engines.Config {
+func engineConfig(o cli.HostOptions, log *slog.Logger) engines.Config {
 	cfg := engines.Config{
-		Name: o.Engine, StateDir: o.StateDir, Logger: logger(o.Log, false, ""),
+		Name: o.Engine, Firecracker: o.Firecracker, CPUTemplate: o.CPUTemplate, StateDir: o.StateDir, Logger: log,
 		Jail: jailConfig(o), RequireJail: o.Isolation.RequireJail,
 	}
 	store, err := image.Open(image.Config{Dir: filepath.Join(o.StateDir, "images")})

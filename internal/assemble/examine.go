@@ -31,7 +31,7 @@ func examine(ctx context.Context, o cli.HostOptions) []wire.DoctorCheck {
 // surveyConfig is engineConfig for one who only looks: no machine will start, and
 // the limits that a daemon has set on all of its machines are left alone.
 func surveyConfig(o cli.HostOptions) engines.Config {
-	cfg := engineConfig(o)
+	cfg := engineConfig(o, logger(o.Log, false, ""))
 	cfg.Jail.Spare, cfg.Jail.Total = 0, cgroup.Limits{}
 	return cfg
 }

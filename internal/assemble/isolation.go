@@ -69,7 +69,7 @@ func totalMemory(o cli.IsolationOptions) int64 {
 // without a jail, and jails like the daemon's. The function that it returns ends
 // the engine.
 func benchIsolation(ctx context.Context, o cli.HostOptions, engine string) (*bench.Isolation, func() error, error) {
-	cfg := engineConfig(o)
+	cfg := engineConfig(o, logger(o.Log, false, ""))
 	cfg.Name, cfg.Jail, cfg.RequireJail = engine, nil, false
 	free, err := engines.Choose(ctx, cfg)
 	if err != nil {

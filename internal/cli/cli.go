@@ -54,6 +54,8 @@ type globals struct {
 	stateDir string
 	engine   string
 
+	firecracker, cpuTemplate string
+
 	isolation IsolationOptions
 
 	tokenFile, caFile, certFile, keyFile string
@@ -101,7 +103,7 @@ socket in the state directory. With --local they start one for themselves.`,
 	f.StringVar(&a.flags.url, "url", "", "daemon's address (default $TINE_URL)")
 	f.StringVar(&a.flags.socket, "socket", "", "daemon's unix socket (default STATE-DIR/tine.sock)")
 	f.StringVar(&a.flags.stateDir, "state-dir", "", "where images, snapshots and sandboxes are (default $TINE_STATE_DIR, /var/lib/tine or ~/.local/state/tine)")
-	f.StringVar(&a.flags.engine, "engine", "auto", "engine of a daemon in this process: auto, qemu-kvm or qemu-tcg")
+	a.engineFlags(root)
 	f.BoolVar(&a.flags.isolation.RequireJail, "require-jail", false, "with a daemon in this process: refuse to run with less than a whole jail (tine doctor shows what there is)")
 	f.StringVar(&a.flags.tokenFile, "token-file", "", "`FILE` with a token: what serve demands, what other verbs show (default $TINE_TOKEN or $TINE_TOKEN_FILE)")
 	f.StringVar(&a.flags.caFile, "ca-file", "", "PEM `FILE` of who signs the daemon's certificate (default $TINE_CA_FILE)")

@@ -27,6 +27,9 @@ func fakes(getenv func(string) string) cli.Deps {
 	return cli.Deps{
 		Serve: func(ctx context.Context, o cli.ServeOptions) error {
 			_, err := fmt.Fprintf(o.Log, "serve listen=%s socket=%s pool=%v verbose=%v engine=%s branches=%d\n", o.Listen, o.Socket, o.Pool, o.Verbose, o.Engine, o.Branches)
+			if o.Firecracker+o.CPUTemplate != "" {
+				_, err = fmt.Fprintf(o.Log, "firecracker=%s template=%s\n", o.Firecracker, o.CPUTemplate)
+			}
 			o.Ready([]string{o.Listen})
 			if o.Listen == "wait" {
 				<-ctx.Done()

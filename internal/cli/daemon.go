@@ -28,6 +28,7 @@ files does too.`,
 		Example: `  tine serve
   tine serve --listen 127.0.0.1:9000 --pool py=5
   tine serve --listen ''            # only the socket
+  tine serve --engine firecracker --firecracker /opt/firecracker --cpu-template T2S
   tine serve --listen :8889 --token-file /etc/tine/token --tls-cert cert.pem --tls-key key.pem`,
 		Args: cobra.NoArgs,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
@@ -189,8 +190,12 @@ func (a *app) doctorCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "doctor",
 		Short: "Examine this host",
-		Long:  `Doctor says which engines and tools this host has, and what to do about what is missing. It exits with 1 if something is.`,
-		Args:  cobra.NoArgs,
+		Long: `Doctor says which engines and tools this host has, and what to do about what is
+missing. It exits with 1 if something is. With --engine it looks for that one.`,
+		Example: `  tine doctor
+  tine doctor --json
+  tine doctor --engine firecracker --firecracker /opt/firecracker`,
+		Args: cobra.NoArgs,
 		RunE: a.verb(func(ctx context.Context, _ []string) error {
 			if a.Deps.Doctor == nil {
 				return missing("doctor")

@@ -33,6 +33,9 @@ type HostOptions struct {
 	StateDir string
 	// Engine is "auto" or an engine's name.
 	Engine string
+	// Firecracker is its path or name in $PATH, or "" for firecracker. CPUTemplate
+	// is what its guests see of the processor: a name or a file, or "" for all.
+	Firecracker, CPUTemplate string
 	// Isolation says how sandboxes are kept from the host and the network.
 	Isolation IsolationOptions
 	// Log receives log lines; nil discards them.
@@ -173,5 +176,8 @@ func missing(what string) error {
 }
 
 func (a *app) hostOptions() HostOptions {
-	return HostOptions{StateDir: a.stateDir(), Engine: a.flags.engine, Isolation: a.flags.isolation}
+	return HostOptions{
+		StateDir: a.stateDir(), Engine: a.flags.engine, Firecracker: a.firecracker(), CPUTemplate: a.flags.cpuTemplate,
+		Isolation: a.flags.isolation,
+	}
 }

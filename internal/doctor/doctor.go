@@ -87,8 +87,8 @@ func Failed(checks []Check) bool {
 
 const (
 	checkBound = 2 * time.Second
-	// surveyBound has room for two probes of a KVM, of 2 s and 5 s.
-	surveyBound = 10 * time.Second
+	// surveyBound has room for two probes of a KVM, of 20 s and a minute.
+	surveyBound = 2 * time.Minute
 )
 
 // examination is one row of the table of checks.

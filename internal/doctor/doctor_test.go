@@ -247,9 +247,13 @@ func TestEngines(t *testing.T) {
 	kvm := engines.Report{Name: engines.QEMUKVM, Reason: "no vmx", Hint: "buy one", Err: errdef.ErrUnavailable}
 	tcg := engines.Report{Name: engines.QEMUTCG, Usable: true, Reason: "always", Version: "7.2"}
 	noTCG := engines.Report{Name: engines.QEMUTCG, Reason: "no QEMU", Hint: "install it", Err: errdef.ErrUnavailable}
-	fire := engines.Report{Name: engines.Firecracker, Reason: "not in this version", Err: errdef.ErrUnsupported}
-	tcg.Caps = vmm.Caps{Jail: true, Net: true, Limits: vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}}
-	hardware := engines.Report{Name: engines.QEMUKVM, Usable: true, Reason: "a kernel ran", Version: "7.2"}
+	tcg.Caps = vmm.Caps{MaxVCPUs: 16, Deterministic: true, Jail: true, Net: true, Limits: vmm.LimitSupport{Memory: true, CPU: true, PIDs: true, IO: true}}
+	fire := engines.Report{Name: engines.Firecracker, Reason: "Firecracker 1.9.0 is older than 1.10.0", Hint: "get another", Err: errdef.ErrUnsupported}
+	works := engines.Report{
+		Name: engines.Firecracker, Usable: true, Reason: "a kernel ran", Version: "1.16.1",
+		Caps: vmm.Caps{Hardware: true, MaxVCPUs: 32, Jail: true, Net: true, Limits: tcg.Caps.Limits},
+	}
+	hardware := engines.Report{Name: engines.QEMUKVM, Usable: true, Reason: "a kernel ran", Version: "7.2", Caps: vmm.Caps{Hardware: true, MaxVCPUs: 16}}
 	hardware.Caps.Host = &vmm.Host{CPU: vmm.CPU{Vendor: "AuthenticAMD", Family: 25, Model: 1, Stepping: 2, Name: "AMD EPYC"}, Kernel: "6.1.112"}
 	tests := map[string]struct {
 		wish    string
@@ -261,9 +265,17 @@ func TestEngines(t *testing.T) {
 			{"jail", OK, "a user, namespaces, a root, a system call filter and Landlock for each machine", ""},
 			{"limits", OK, "on memory, processors, processes, disk bandwidth", ""},
 			{"network", OK, "machines can have a network card, in a namespace of their own", ""},
-			{"engine firecracker", Skip, "not in this version", ""},
+			{"engine firecracker", Skip, "Firecracker 1.9.0 is older than 1.10.0", "get another"},
 			{"engine qemu-kvm", Warn, "no vmx", "buy one"},
-			{"engine qemu-tcg", OK, "7.2: always", ""},
+			{"engine qemu-tcg", OK, "7.2: always; guests are emulated, with up to 16 of their own, and deterministically if asked to", ""},
+		}},
+		"firecracker": {engines.Firecracker, []engines.Report{works, kvm}, []Check{
+			{"engine", OK, "firecracker means firecracker", ""},
+			{"jail", OK, "a user, namespaces, a root, a system call filter and Landlock for each machine", ""},
+			{"limits", OK, "on memory, processors, processes, disk bandwidth", ""},
+			{"network", OK, "machines can have a network card, in a namespace of their own", ""},
+			{"engine firecracker", OK, "1.16.1: a kernel ran; guests run on the processor, with up to 32 of their own", ""},
+			{"engine qemu-kvm", Warn, "no vmx", "buy one"},
 		}},
 		"none": {"", []engines.Report{kvm, noTCG}, []Check{
 			{"engine", Fail, "none can be used", "install it"},
@@ -273,17 +285,17 @@ func TestEngines(t *testing.T) {
 		"wanted": {engines.QEMUKVM, []engines.Report{kvm, tcg}, []Check{
 			{"engine", Fail, "qemu-kvm cannot be used", "buy one"},
 			{"engine qemu-kvm", Warn, "no vmx", "buy one"},
-			{"engine qemu-tcg", OK, "7.2: always", ""},
+			{"engine qemu-tcg", OK, "7.2: always; guests are emulated, with up to 16 of their own, and deterministically if asked to", ""},
 		}},
 		"hardware": {engines.QEMUTCG, []engines.Report{hardware, noTCG}, []Check{
 			{"engine", Fail, "qemu-tcg cannot be used", "install it"},
-			{"engine qemu-kvm", OK, "7.2: a kernel ran; its snapshots are for hosts like this one: " +
+			{"engine qemu-kvm", OK, "7.2: a kernel ran; guests run on the processor, with up to 16 of their own; its snapshots are for hosts like this one: " +
 				"AMD EPYC (AuthenticAMD family 25 model 1 stepping 2), Linux 6.1", ""},
 			{"engine qemu-tcg", Warn, "no QEMU", "install it"},
 		}},
 		"unknown": {"xen", []engines.Report{tcg}, []Check{
 			{"engine", Fail, "xen cannot be used", "use --engine auto"},
-			{"engine qemu-tcg", OK, "7.2: always", ""},
+			{"engine qemu-tcg", OK, "7.2: always; guests are emulated, with up to 16 of their own, and deterministically if asked to", ""},
 		}},
 	}
 	for name, tt := range tests {

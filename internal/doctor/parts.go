@@ -107,7 +107,7 @@ func engineCheck(r engines.Report) Check {
 	switch {
 	case r.Usable:
 		c.Status = OK
-		c.Detail = fmt.Sprintf("%s: %s", r.Version, r.Reason)
+		c.Detail = fmt.Sprintf("%s: %s; %s", r.Version, r.Reason, abilities(r.Caps))
 		if host := r.Caps.Host; host != nil {
 			c.Detail += "; its snapshots are for hosts like this one: " + host.String()
 		}
@@ -115,6 +115,19 @@ func engineCheck(r engines.Report) Check {
 		c.Status = Skip
 	}
 	return c
+}
+
+// abilities are those that engines differ in.
+func abilities(c vmm.Caps) string {
+	text := "guests are emulated"
+	if c.Hardware {
+		text = "guests run on the processor"
+	}
+	text += fmt.Sprintf(", with up to %d of their own", c.MaxVCPUs)
+	if c.Deterministic {
+		text += ", and deterministically if asked to"
+	}
+	return text
 }
 
 // tools are a warning at most: images that are built need none of them.

@@ -19,13 +19,14 @@ import (
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmm/qemu"
 )
 
 // The names that Config.Name can have.
 const (
 	Auto        = "auto" // the best that is usable
-	Firecracker = "firecracker"
+	Firecracker = firecracker.Name
 	QEMUKVM     = "qemu-kvm"
 	QEMUTCG     = "qemu-tcg"
 )
@@ -34,7 +35,7 @@ const (
 type Config struct {
 	// Name is one of the names above; empty means Auto.
 	Name string
-	// StateDir is where the verdict on KVM is kept; empty means nowhere. It is
+	// StateDir is where verdicts on KVM are kept; empty means nowhere. It is
 	// not created when it is missing.
 	StateDir string
 	// Kernel is the path of an uncompressed kernel that the probe of KVM boots
@@ -42,6 +43,11 @@ type Config struct {
 	Kernel string
 	// QEMU is its path or name in $PATH; empty means qemu-system-x86_64.
 	QEMU string
+	// Firecracker is its path or name in $PATH; empty means firecracker.
+	Firecracker string
+	// CPUTemplate is what guests of Firecracker see of the processor, by name or
+	// as the path of a file; empty means all of it. Other engines have none.
+	CPUTemplate string
 	// Jail is where monitors run, as far as this host can have it; nil: nowhere.
 	// With RequireJail an engine is not usable with less than a whole one.
 	Jail        *jail.Config
@@ -83,9 +89,10 @@ func Survey(ctx context.Context, cfg Config) []Report {
 type host struct {
 	cfg         Config
 	log         *slog.Logger
-	cpuinfo     string // path of /proc/cpuinfo
-	device      string // path of /dev/kvm
-	romBound    time.Duration
+	cpuinfo     string        // path of /proc/cpuinfo
+	device      string        // path of /dev/kvm
+	askBound    time.Duration // for a monitor to say its version, and for its jail
+	bareBound   time.Duration
 	kernelBound time.Duration
 }
 
@@ -95,10 +102,13 @@ func newHost(cfg Config) *host {
 		cpuinfo: "/proc/cpuinfo", device: "/dev/kvm",
 		// Many times what a good host takes: a slow one, as an emulated one is, must
 		// not be taken for a broken one.
-		romBound: 20 * time.Second, kernelBound: time.Minute,
+		askBound: time.Minute, bareBound: time.Minute, kernelBound: time.Minute,
 	}
 	if h.cfg.QEMU == "" {
 		h.cfg.QEMU = "qemu-system-x86_64"
+	}
+	if h.cfg.Firecracker == "" {
+		h.cfg.Firecracker = "firecracker"
 	}
 	if h.log == nil {
 		h.log = slog.New(slog.DiscardHandler)
@@ -139,24 +149,27 @@ func (h *host) choose(ctx context.Context) (vmm.Engine, error) {
 }
 
 // first returns the first engine that is usable, or the last one's error: that
-// one asks the least of a host.
+// one asks the least of a host. What is wrong with the wish, and not with the
+// host, no other engine makes right.
 func (h *host) first(ctx context.Context, all []candidate) (engine vmm.Engine, err error) {
 	for _, c := range all {
-		if err != nil {
-			h.log.DebugContext(ctx, "engine is not usable", "error", err)
-		}
 		engine, err = h.open(ctx, c)
-		if err == nil || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil || (errors.Is(err, errdef.ErrInvalid) && !errors.Is(err, errdef.ErrUnavailable)) {
 			break
 		}
+		h.log.DebugContext(ctx, "engine is not usable", "engine", c.name, "error", err)
 	}
 	return engine, err
 }
 
 func (h *host) open(ctx context.Context, c candidate) (vmm.Engine, error) {
-	engine, _, err := c.open(ctx)
+	engine, why, err := c.open(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open engine %s: %w", c.name, err)
+	}
+	h.log.InfoContext(ctx, "engine is chosen", "engine", c.name, "version", engine.Version(), "reason", why)
+	if h.cfg.CPUTemplate != "" && c.name != Firecracker {
+		h.log.WarnContext(ctx, "CPU template is not used: only firecracker has them", "engine", c.name)
 	}
 	return engine, nil
 }
@@ -187,46 +200,71 @@ func reason(err error) string {
 	return text
 }
 
-func (h *host) openFirecracker(context.Context) (vmm.Engine, string, error) {
-	return nil, "", fmt.Errorf("%w: not in this version", errdef.ErrUnsupported)
+func (h *host) openFirecracker(ctx context.Context) (vmm.Engine, string, error) {
+	return h.onKVM(ctx, firecrackerProber{h.cfg.Firecracker}, h.firecracker)
+}
+
+func (h *host) openKVM(ctx context.Context) (vmm.Engine, string, error) {
+	return h.onKVM(ctx, qemuProber{h.cfg.QEMU, qemu.KVM}, h.qemu(qemu.KVM))
 }
 
 func (h *host) openTCG(ctx context.Context) (vmm.Engine, string, error) {
-	engine, err := h.qemu(ctx, qemu.TCG)
+	engine, err := h.jailed(ctx, h.qemu(qemu.TCG))
 	if err != nil {
 		return nil, "", err
 	}
 	return engine, "software emulation, on any host", nil
 }
 
-// openKVM asks for what costs nothing first.
-func (h *host) openKVM(ctx context.Context) (vmm.Engine, string, error) {
+// opener opens an engine in a jail, nil for none.
+type opener func(context.Context, *jail.Config) (vmm.Engine, error)
+
+func (h *host) firecracker(ctx context.Context, in *jail.Config) (vmm.Engine, error) {
+	engine, err := firecracker.New(ctx, firecracker.Config{
+		Binary: h.cfg.Firecracker, CPUTemplate: h.cfg.CPUTemplate, Jail: in, Logger: h.cfg.Logger,
+	})
+	if err != nil && errdef.Hint(err) == "" {
+		err = errdef.WithHint(err, "name a release of Firecracker with --firecracker, or use another --engine")
+	}
+	return engine, err
+}
+
+func (h *host) qemu(accel qemu.Accel) opener {
+	return func(ctx context.Context, in *jail.Config) (vmm.Engine, error) {
+		return qemu.New(ctx, qemu.Config{Binary: h.cfg.QEMU, Accel: accel, Jail: in, Logger: h.cfg.Logger})
+	}
+}
+
+// onKVM opens an engine that needs KVM. It asks for what costs nothing first.
+func (h *host) onKVM(ctx context.Context, p prober, open opener) (vmm.Engine, string, error) {
 	if err := h.hardware(); err != nil {
 		return nil, "", err
 	}
-	engine, err := h.qemu(ctx, qemu.KVM)
+	engine, err := h.jailed(ctx, open)
 	if err != nil {
 		return nil, "", err
 	}
-	v, err := h.verdict(ctx, engine.Version())
-	if err != nil {
-		return nil, "", err
+	v, err := h.verdict(ctx, p, engine.Version())
+	if err == nil && !v.Usable {
+		err = h.refuse(v)
 	}
-	if !v.Usable {
-		return nil, "", h.refuse(v)
+	if err != nil {
+		return nil, "", errors.Join(err, engine.Close())
 	}
 	return engine, v.Reason, nil
 }
 
-// qemu opens QEMU in the jail, and where there can be none, and there need not
-// be one, without.
-func (h *host) qemu(ctx context.Context, accel qemu.Accel) (*qemu.Engine, error) {
-	cfg := qemu.Config{Binary: h.cfg.QEMU, Accel: accel, Jail: h.cfg.Jail, Logger: h.cfg.Logger}
-	engine, err := qemu.New(ctx, cfg)
-	if cfg.Jail != nil && errors.Is(err, errdef.ErrUnsupported) && !h.cfg.RequireJail {
-		h.log.WarnContext(ctx, "machines run without a jail", "error", err)
-		cfg.Jail = nil
-		engine, err = qemu.New(ctx, cfg)
+// jailed opens an engine in the jail, and where there can be none, and there need
+// not be one, without.
+func (h *host) jailed(ctx context.Context, open opener) (vmm.Engine, error) {
+	ctx, cancel := context.WithTimeout(ctx, h.askBound)
+	defer cancel()
+	engine, err := open(ctx, h.cfg.Jail)
+	if h.cfg.Jail != nil && errors.Is(err, errdef.ErrUnsupported) && !h.cfg.RequireJail {
+		why := err
+		if engine, err = open(ctx, nil); err == nil {
+			h.log.WarnContext(ctx, "machines run without a jail", "error", why)
+		}
 	}
 	if err != nil {
 		return nil, err

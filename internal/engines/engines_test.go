@@ -14,6 +14,7 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
+	"github.com/tinevm/tine/internal/vmm/qemu"
 )
 
 // anyNumber of runs: those killed early may not have been noted.
@@ -38,7 +39,7 @@ func TestChoose(t *testing.T) {
 		},
 		"hangs": {
 			behaviour: "hangs", auto: QEMUTCG, hint: "rm ", runs: anyNumber,
-			change: func(_ *testing.T, h *host) { h.romBound = 50 * time.Millisecond },
+			change: func(_ *testing.T, h *host) { h.bareBound = 50 * time.Millisecond },
 			reason: "/dev/kvm opens, but a probe machine had not ended after 50ms",
 		},
 		"hangs_with_kernel": {
@@ -100,7 +101,7 @@ func TestChoose(t *testing.T) {
 			if err != nil || engine.Name() != tt.auto {
 				t.Fatalf("auto chose %v, %v; want %s", engine, err, tt.auto)
 			}
-			if got := runs(t, h); tt.runs != anyNumber && got != tt.runs {
+			if got := runs(t, h.cfg.QEMU); tt.runs != anyNumber && got != tt.runs {
 				t.Errorf("%d probes ran, want %d", got, tt.runs)
 			}
 			report := h.survey(t.Context())[1]
@@ -123,7 +124,7 @@ func TestChoose(t *testing.T) {
 func TestVerdictIsKept(t *testing.T) {
 	t.Parallel()
 	h := fakeHost(t, "works")
-	path := filepath.Join(h.cfg.StateDir, verdictFile)
+	path := h.verdictPath("qemu")
 	edit := func(old, change string) func() {
 		return func() {
 			data, err := os.ReadFile(path)
@@ -142,7 +143,7 @@ func TestVerdictIsKept(t *testing.T) {
 		{"again", func() {}, 1},
 		{"other_boot", edit(`"boot_id": "`, `"boot_id": "not`), 2},
 		{"other_qemu", edit("9.9.9", "9.9.8"), 3},
-		{"other_format", edit(`"version": 1`, `"version": 2`), 4},
+		{"other_format", edit(`"version": 2`, `"version": 1`), 4},
 		{"damaged", func() { write(t, path, "{") }, 5},
 		{"too_long", func() { write(t, path, strings.Repeat(" ", 1<<20)) }, 6},
 		{"kernel_known", func() { giveKernel(t, h) }, 8},
@@ -156,7 +157,7 @@ func TestVerdictIsKept(t *testing.T) {
 		if _, err := h.choose(t.Context()); err != nil {
 			t.Fatalf("%s: %v", s.name, err)
 		}
-		if got := runs(t, h); got != s.runs {
+		if got := runs(t, h.cfg.QEMU); got != s.runs {
 			t.Fatalf("%s: %d probes so far, want %d", s.name, got, s.runs)
 		}
 	}
@@ -168,7 +169,7 @@ func TestChooseCancelled(t *testing.T) {
 	h := fakeHost(t, "hangs")
 	ctx, cancel := context.WithCancel(t.Context())
 	go func() {
-		for runs(t, h) == 0 && ctx.Err() == nil {
+		for runs(t, h.cfg.QEMU) == 0 && ctx.Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
 		cancel()
@@ -177,7 +178,7 @@ func TestChooseCancelled(t *testing.T) {
 		t.Errorf("got %v, %v", engine, err)
 	}
 	<-ctx.Done()
-	if _, err := os.Stat(filepath.Join(h.cfg.StateDir, verdictFile)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(h.verdictPath("qemu")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a verdict was kept: %v", err)
 	}
 }
@@ -185,7 +186,7 @@ func TestChooseCancelled(t *testing.T) {
 func TestChooseByName(t *testing.T) {
 	t.Parallel()
 	for name, want := range map[string]error{
-		QEMUTCG: nil, Firecracker: errdef.ErrUnsupported, "qemu": errdef.ErrInvalid, "../x": errdef.ErrInvalid,
+		QEMUTCG: nil, Firecracker: errdef.ErrUnavailable, "qemu": errdef.ErrInvalid, "../x": errdef.ErrInvalid,
 	} {
 		h := fakeHost(t, "works")
 		h.cfg.Name = name
@@ -201,7 +202,7 @@ func TestChooseByName(t *testing.T) {
 
 func TestNoQEMU(t *testing.T) {
 	t.Parallel()
-	cfg := Config{QEMU: "/no/such/qemu"}
+	cfg := Config{QEMU: "/no/such/qemu", Firecracker: "/no/such/firecracker"}
 	if engine, err := Choose(t.Context(), cfg); !errors.Is(err, errdef.ErrUnavailable) || errdef.Hint(err) == "" || engine != nil {
 		t.Errorf("got %v, %v, hint %q", engine, err, errdef.Hint(err))
 	}
@@ -234,11 +235,13 @@ func TestRequireJail(t *testing.T) {
 func TestSurvey(t *testing.T) {
 	t.Parallel()
 	want := []Report{
-		{Name: Firecracker, Reason: "not in this version", Err: errdef.ErrUnsupported},
+		{Name: Firecracker, Usable: true, Reason: "at this boot, a probe machine ran", Version: "1.16.1"},
 		{Name: QEMUKVM, Usable: true, Reason: "at this boot, a probe machine ran", Version: "9.9.9 (fake)"},
 		{Name: QEMUTCG, Usable: true, Reason: "software emulation, on any host", Version: "9.9.9 (fake)"},
 	}
-	got := fakeHost(t, "works").survey(t.Context())
+	h := fakeHost(t, "works")
+	giveFirecracker(t, h, "works")
+	got := h.survey(t.Context())
 	for _, r := range got {
 		if r.Usable != (r.Caps.MaxVCPUs > 0) {
 			t.Errorf("%s can do %+v", r.Name, r.Caps)
@@ -253,8 +256,8 @@ func TestSurvey(t *testing.T) {
 func TestProbeFloods(t *testing.T) {
 	t.Parallel()
 	h := fakeHost(t, "floods")
-	h.romBound = time.Second
-	fault, err := h.probe(t.Context(), "kvm", "")
+	h.bareBound = time.Second
+	fault, err := h.probe(t.Context(), qemuProber{h.cfg.QEMU, qemu.KVM}, "")
 	if err != nil || !strings.HasPrefix(fault, "a probe machine had not ended after 1s") || len(fault) > 300 {
 		t.Errorf("got %q, %v", fault, err)
 	}
@@ -277,13 +280,13 @@ func TestTail(t *testing.T) {
 }
 
 func FuzzDecodeVerdict(f *testing.F) {
-	good, err := verdict{1, "boot", "7.2", true, false, "why"}.encode()
+	good, err := verdict{2, "boot", "qemu", "7.2", true, false, "why"}.encode()
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(good)
-	f.Add([]byte(`{"version":2}`))
-	f.Add([]byte(`{"version":1,"boot_id":1}`))
+	f.Add([]byte(`{"version":1}`))
+	f.Add([]byte(`{"version":2,"boot_id":1}`))
 	f.Add([]byte("{}{}"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		v, err := decodeVerdict(data)

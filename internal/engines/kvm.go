@@ -14,11 +14,15 @@ import (
 	"github.com/tinevm/tine/internal/durable"
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/linux"
-	"github.com/tinevm/tine/internal/vmm/qemu"
 )
 
-// verdictFile is the name of the verdict in the state directory.
-const verdictFile = "kvm-verdict.json"
+// verdictPath is where the verdict on KVM by a monitor is kept, or "".
+func (h *host) verdictPath(monitor string) string {
+	if h.cfg.StateDir == "" {
+		return ""
+	}
+	return filepath.Join(h.cfg.StateDir, "kvm-verdict-"+monitor+".json")
+}
 
 // hardware returns why KVM cannot work, as far as it shows without a probe.
 func (h *host) hardware() error {
@@ -28,7 +32,7 @@ func (h *host) hardware() error {
 	}
 	if !shown {
 		err = fmt.Errorf("%w: the CPU shows neither vmx nor svm", errdef.ErrUnavailable)
-		return errdef.WithHint(err, "enable virtualisation in the firmware, or nested virtualisation on the host of this machine; qemu-tcg works without")
+		return errdef.WithHint(err, "enable virtualisation in the firmware, or nested virtualisation on the host of this machine; without it there is qemu-tcg")
 	}
 	f, err := os.OpenFile(h.device, os.O_RDWR, 0)
 	switch {
@@ -75,24 +79,27 @@ func virtualisation(cpuinfo string) (bool, error) {
 func (h *host) refuse(v verdict) error {
 	err := fmt.Errorf("%w: /dev/kvm opens, but %s", errdef.ErrUnavailable, v.Reason)
 	hint := "use qemu-tcg"
-	if h.cfg.StateDir != "" {
-		hint += "; to have KVM probed again: rm " + filepath.Join(h.cfg.StateDir, verdictFile)
+	if path := h.verdictPath(v.Monitor); path != "" {
+		hint += "; to have KVM probed again: rm " + path
 	}
 	return errdef.WithHint(err, hint)
 }
 
-// verdict returns the verdict of this boot, and comes to one when there is none.
-func (h *host) verdict(ctx context.Context, version string) (verdict, error) {
+// verdict returns the verdict of this boot by one version of a monitor, and comes
+// to one when there is none.
+func (h *host) verdict(ctx context.Context, p prober, version string) (verdict, error) {
 	boot, err := linux.BootID()
 	if err != nil {
 		return verdict{}, err
 	}
 	kernel := h.kernel(ctx)
-	v := verdict{Version: verdictVersion, BootID: boot, QEMU: version, Kernel: kernel != ""}
-	if known, ok := h.recall(ctx); ok && known.answers(v) {
+	v := verdict{
+		Version: verdictVersion, BootID: boot, Monitor: p.monitor(), MonitorVersion: version, Kernel: kernel != "",
+	}
+	if known, ok := h.recall(ctx, v.Monitor); ok && known.answers(v) {
 		return known, nil
 	}
-	v.Reason, err = h.probe(ctx, qemu.KVM, kernel)
+	v.Reason, err = h.probe(ctx, p, kernel)
 	if err != nil {
 		return verdict{}, fmt.Errorf("%w: probe KVM: %w", errdef.ErrUnavailable, err)
 	}
@@ -116,11 +123,12 @@ func (h *host) kernel(ctx context.Context) string {
 }
 
 // recall reads the verdict that was kept. One that cannot be read is none.
-func (h *host) recall(ctx context.Context) (verdict, bool) {
-	if h.cfg.StateDir == "" {
+func (h *host) recall(ctx context.Context, monitor string) (verdict, bool) {
+	path := h.verdictPath(monitor)
+	if path == "" {
 		return verdict{}, false
 	}
-	v, err := readVerdict(filepath.Join(h.cfg.StateDir, verdictFile))
+	v, err := readVerdict(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		h.log.WarnContext(ctx, "verdict on KVM is ignored", "error", err)
 	}
@@ -129,12 +137,13 @@ func (h *host) recall(ctx context.Context) (verdict, bool) {
 
 // remember keeps a verdict. Without it the next start probes again.
 func (h *host) remember(ctx context.Context, v verdict) {
-	if h.cfg.StateDir == "" {
+	path := h.verdictPath(v.Monitor)
+	if path == "" {
 		return
 	}
 	data, err := v.encode()
 	if err == nil {
-		err = durable.Replace(filepath.Join(h.cfg.StateDir, verdictFile), data, 0o600)
+		err = durable.Replace(path, data, 0o600)
 	}
 	if err != nil {
 		h.log.WarnContext(ctx, "verdict on KVM is not kept", "error", err)

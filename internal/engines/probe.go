@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"strings"
 	"syscall"
@@ -14,74 +15,83 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tinevm/tine/internal/vmm/qemu"
+	"github.com/tinevm/tine/internal/vmm/process"
 )
 
-// probe runs first the ROM and then, if there is one, a kernel. It returns ""
-// when all ran as they should, or in what way they did not. An error means
-// that there is nothing to be said: ctx ended, or QEMU did not start.
-func (h *host) probe(ctx context.Context, accel qemu.Accel, kernel string) (fault string, err error) {
-	fault, err = h.probeROM(ctx, accel)
+// prober is a monitor whose probe machines are run to see what KVM is worth.
+type prober interface {
+	// monitor is its name, and part of the name of the file with its verdict.
+	monitor() string
+	// bare is a machine that does a little work of our own making.
+	bare() (probe, error)
+	// boot is a machine that boots the kernel at path, without a root.
+	boot(path string) (probe, error)
+}
+
+// probe is a run of a monitor, and what it has to come to.
+type probe struct {
+	binary string
+	args   []string
+	files  []*os.File // the monitor's, from descriptor 3 on
+	passed func(ending) bool
+}
+
+// rootMissing is the last that a healthy kernel says when it is given no root. It
+// panics then, and reboots, which ends its monitor. A machine that only breaks
+// down ends it too, but without the kernel's words.
+const rootMissing = "Unable to mount root fs"
+
+// probe runs first the bare machine and then, if there is one, a kernel. It
+// returns "" when all ran as they should, or in what way they did not. An error
+// means that there is nothing to be said: ctx ended, or the monitor did not start.
+func (h *host) probe(ctx context.Context, p prober, kernel string) (fault string, err error) {
+	fault, err = h.probeBare(ctx, p)
 	if err != nil || fault != "" || kernel == "" {
 		return fault, err
 	}
-	return h.probeKernel(ctx, accel, kernel)
+	return h.probeKernel(ctx, p, kernel)
 }
 
-// probeROM runs a firmware of our own, that ends QEMU with a status of its own.
-func (h *host) probeROM(ctx context.Context, accel qemu.Accel) (fault string, err error) {
-	rom, err := openROM()
+func (h *host) probeBare(ctx context.Context, p prober) (fault string, err error) {
+	run, err := p.bare()
 	if err != nil {
-		return "", fmt.Errorf("make probe ROM: %w", err)
+		return "", fmt.Errorf("make probe machine: %w", err)
 	}
-	defer func() { _ = rom.Close() }() // nothing that lasts
-	args := append(machine(accel, "16M"),
-		"-bios", "/dev/fd/3",
-		"-device", fmt.Sprintf("isa-debug-exit,iobase=%#x,iosize=1", romPort))
-	end, err := h.run(ctx, h.romBound, args, rom)
-	if err != nil || end.status == romStatus {
+	return try(ctx, "a probe machine", h.bareBound, run)
+}
+
+func (h *host) probeKernel(ctx context.Context, p prober, kernel string) (fault string, err error) {
+	run, err := p.boot(kernel)
+	if err != nil {
+		return "", fmt.Errorf("make probe machine with a kernel: %w", err)
+	}
+	return try(ctx, "a kernel in a probe machine", h.kernelBound, run)
+}
+
+// try runs p, which is what, and uses it up.
+func try(ctx context.Context, what string, bound time.Duration, p probe) (fault string, err error) {
+	defer closeAll(p.files)
+	end, err := p.run(ctx, bound)
+	if err != nil || (end.late == 0 && !end.broken && p.passed(end)) {
 		return "", err
 	}
-	return "a probe machine " + end.String(), nil
+	return what + " " + end.String(), nil
 }
 
-// rootMissing is the last that a healthy kernel says when it is given no root.
-const rootMissing = "Unable to mount root fs"
-
-// probeKernel boots a real kernel, which panics for lack of a root, and
-// reboots, which ends QEMU. A machine that only breaks down does that too, but
-// without the kernel's words.
-func (h *host) probeKernel(ctx context.Context, accel qemu.Accel, kernel string) (fault string, err error) {
-	args := append(machine(accel, "128M"),
-		"-serial", "stdio", "-kernel", kernel,
-		"-append", "console=ttyS0 quiet panic=-1 reboot=t no_timer_check 8250.nr_uarts=1 cryptomgr.notests")
-	end, err := h.run(ctx, h.kernelBound, args)
-	if err != nil || (end.status == 0 && strings.Contains(end.console, rootMissing)) {
-		return "", err
-	}
-	return "a kernel in a probe machine " + end.String(), nil
-}
-
-// machine is the kind of machine that the engine makes, without its devices.
-func machine(accel qemu.Accel, memory string) []string {
-	cpu := "max"
-	if accel == qemu.KVM {
-		cpu = "host"
-	}
-	return []string{
-		"-name", "tine-probe", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-M", "pc,hpet=off,vmport=off,usb=off,smm=off,graphics=off,i8042=off",
-		"-accel", string(accel), "-cpu", cpu, "-m", memory,
+// closeAll closes files that nothing was written to by a buffer.
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close() // nothing that lasts
 	}
 }
 
-// ending is how a probe machine's QEMU ended, and the end of what it said.
+// ending is how the monitor of a probe machine ended, and the end of what it said.
 type ending struct {
 	late    time.Duration // the bound after which it was killed, or 0
 	broken  bool          // it was killed because KVM could not go on
 	status  int
 	console string // the guest's words
-	errors  string // QEMU's own
+	errors  string // the monitor's own
 }
 
 // String completes a sentence that begins with the machine.
@@ -94,17 +104,32 @@ func (e ending) String() string {
 		how = fmt.Sprintf("had not ended after %v", e.late)
 	}
 	if line := telling(e.errors, e.console); line != "" {
-		how += fmt.Sprintf(": %.200q", line)
+		how += fmt.Sprintf(": %q", lastOf(line))
 	}
 	return how
 }
 
-// telling is the first thing that QEMU said, but for warnings, or else the last
-// that the guest did.
-func telling(qemuSaid, guestSaid string) string {
-	for line := range strings.Lines(qemuSaid) {
+// maxTelling bounds what is told of what was said.
+const maxTelling = 200
+
+// lastOf is the end of a long line, which says more than its beginning where
+// errors are told from the outside in.
+func lastOf(line string) string {
+	if len(line) <= maxTelling {
+		return line
+	}
+	return "…" + strings.ToValidUTF8(line[len(line)-maxTelling:], "")
+}
+
+// stamp is what Firecracker begins a line of its log with.
+var stamp = regexp.MustCompile(`^\d{4}-[-0-9T:.]+ \[[^]]*\] `)
+
+// telling is the first thing that the monitor said, but for warnings, or else the
+// last that the guest did.
+func telling(monitorSaid, guestSaid string) string {
+	for line := range strings.Lines(monitorSaid) {
 		if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "warning:") {
-			return line
+			return stamp.ReplaceAllString(line, "")
 		}
 	}
 	guestSaid = strings.TrimSpace(guestSaid)
@@ -115,19 +140,20 @@ func telling(qemuSaid, guestSaid string) string {
 // stays, and so does the machine, for somebody to look at.
 const kvmBroken = "KVM internal error"
 
-// run runs QEMU until it ends, and kills it after bound, or when KVM cannot go
-// on. The thread stays this
-// goroutine's meanwhile, because a child's death signal comes when the thread
-// that started it ends.
-func (h *host) run(ctx context.Context, bound time.Duration, args []string, files ...*os.File) (ending, error) {
+// run runs the monitor until it ends, and kills it after bound, or when KVM cannot
+// go on, and whatever it has started in its session. The thread stays this
+// goroutine's meanwhile, because a child's death signal comes when the thread that
+// started it ends.
+func (p probe) run(ctx context.Context, bound time.Duration) (ending, error) {
 	bounded, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	cmd := exec.CommandContext(bounded, h.cfg.QEMU, args...)
+	cmd := exec.CommandContext(bounded, p.binary, p.args...)
 	var console tail
 	said := tail{word: kvmBroken, heard: cancel}
-	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = &console, &said, files
-	cmd.Env = []string{"PATH=" + os.DevNull, "LC_ALL=C"}
+	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles = &console, &said, p.files
+	cmd.Env = process.Environment()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
@@ -137,7 +163,7 @@ func (h *host) run(ctx context.Context, bound time.Duration, args []string, file
 		return ending{}, context.Cause(ctx)
 	}
 	if cmd.ProcessState == nil { // it never ran
-		return ending{}, fmt.Errorf("run QEMU: %w", err)
+		return ending{}, fmt.Errorf("run %s: %w", p.binary, err)
 	}
 	end := ending{status: cmd.ProcessState.ExitCode(), console: console.String(), errors: said.String()}
 	if end.status < 0 { // it was killed
@@ -172,14 +198,14 @@ func (t *tail) Write(p []byte) (int, error) {
 
 func (t *tail) String() string { return string(bytes.ToValidUTF8(t.text, []byte("?"))) }
 
-// openROM returns the probe's ROM as a file that is gone once it is closed.
-func openROM() (_ *os.File, err error) {
-	fd, err := unix.MemfdCreate("tine-probe-rom", unix.MFD_CLOEXEC)
+// memoryFile returns data as a file that is gone once it is closed.
+func memoryFile(name string, data []byte) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("memfd_create", err)
 	}
-	f := os.NewFile(uintptr(fd), "probe ROM")
-	if _, err = f.Write(romImage()); err != nil {
+	f := os.NewFile(uintptr(fd), name)
+	if _, err = f.Write(data); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil

@@ -15,12 +15,12 @@ import (
 // The probes themselves are right: where machines run, they say so.
 func TestProbeTCG(t *testing.T) {
 	h := newHost(Config{})
-	h.romBound, h.kernelBound = time.Minute, time.Minute
+	h.bareBound, h.kernelBound = time.Minute, time.Minute
 	kernel := vmtest.Image(t).KernelPath()
 	for name, probe := range map[string]string{"rom": "", "rom_and_kernel": kernel} {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
-			fault, err := h.probe(t.Context(), qemu.TCG, probe)
+			fault, err := h.probe(t.Context(), qemuProber{h.cfg.QEMU, qemu.TCG}, probe)
 			if fault != "" || err != nil {
 				t.Errorf("got %q, %v", fault, err)
 			}
@@ -41,15 +41,16 @@ func TestProbeKVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	kernel := vmtest.Image(t).KernelPath()
+	q := qemuProber{h.cfg.QEMU, qemu.KVM}
 	for name, probe := range map[string]func() (string, error){
-		"rom":    func() (string, error) { return h.probeROM(t.Context(), qemu.KVM) },
-		"kernel": func() (string, error) { return h.probeKernel(t.Context(), qemu.KVM, kernel) },
+		"rom":    func() (string, error) { return h.probeBare(t.Context(), q) },
+		"kernel": func() (string, error) { return h.probeKernel(t.Context(), q, kernel) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()
 			fault, err := probe()
 			took := time.Since(start)
-			if err != nil || took > h.romBound+h.kernelBound {
+			if err != nil || took > h.bareBound+h.kernelBound {
 				t.Errorf("%v after %v", err, took)
 			}
 			if fault == "" && !shown {
@@ -65,7 +66,7 @@ func TestProbeKVM(t *testing.T) {
 
 // Auto decides at once, and what it chose says its version.
 func TestChooseHere(t *testing.T) {
-	cfg := Config{StateDir: t.TempDir(), Kernel: vmtest.Image(t).KernelPath()}
+	cfg := Config{StateDir: t.TempDir(), Kernel: vmtest.Image(t).KernelPath(), Firecracker: os.Getenv("FIRECRACKER")}
 	start := time.Now()
 	engine, err := Choose(t.Context(), cfg)
 	if err != nil {
@@ -74,7 +75,7 @@ func TestChooseHere(t *testing.T) {
 	if want, ok := vmtest.NamedEngine(); ok && engine.Name() != want {
 		t.Errorf("chose %s, want %s", engine.Name(), want)
 	}
-	t.Logf("chose %s, QEMU %s, after %v", engine.Name(), engine.Version(), time.Since(start))
+	t.Logf("chose %s, version %s, after %v", engine.Name(), engine.Version(), time.Since(start))
 	for _, r := range Survey(t.Context(), cfg) {
 		t.Logf("%+v", r)
 		if strings.TrimSpace(r.Reason) == "" {

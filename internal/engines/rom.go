@@ -3,15 +3,14 @@ package engines
 import "bytes"
 
 const (
-	romSize   = 64 << 10 // ends at 1 MiB, and again at 4 GiB where the CPU starts
-	romPort   = 0xf4     // isa-debug-exit's
-	romAnswer = 0x2a
+	romSize = 64 << 10 // ends at 1 MiB, and again at 4 GiB where the CPU starts
+	romPort = 0xf4     // isa-debug-exit's
 	// romStatus is what isa-debug-exit makes of the answer.
-	romStatus = romAnswer<<1 | 1
+	romStatus = workAnswer<<1 | 1
 )
 
 // romImage is a firmware that goes to 64-bit mode and back out through
-// isa-debug-exit with romAnswer. Real mode alone would prove nothing: a KVM
+// isa-debug-exit with workAnswer. Real mode alone would prove nothing: a KVM
 // that has no hardware below it, and interprets its guests, runs that. What it
 // cannot do are the vector instructions that every compiler emits.
 func romImage() []byte {
@@ -56,34 +55,8 @@ func romProgram() []byte {
 		{0xe8, 0x03, 0x00, 0x00, 0x00}, // call work
 		{0xe6, romPort},                // outb %al, $0xf4
 		{0xf4},                         // hlt
-		// work: fill 4 KiB with the number 21, add them all up, double the sum.
-		{0x53},                                     // pushq %rbx
-		{0xb8, 0x00, 0x00, 0x00, 0x00},             // movl $0, %eax
-		{0x0f, 0xa2},                               // cpuid
-		{0xbf, 0x00, 0x40, 0x00, 0x00},             // movl $0x4000, %edi
-		{0xb9, 0x00, 0x02, 0x00, 0x00},             // movl $512, %ecx
-		{0x48, 0xc7, 0xc0, 0x15, 0x00, 0x00, 0x00}, // movq $21, %rax
-		{0xf3, 0x48, 0xab},                         // rep stosq
-		{0xbe, 0x00, 0x40, 0x00, 0x00},             // movl $0x4000, %esi
-		{0xb9, 0x00, 0x02, 0x00, 0x00},             // movl $512, %ecx
-		{0x31, 0xd2},                               // xorl %edx, %edx
-		{0x48, 0xad},                               // sum: lodsq
-		{0x48, 0x01, 0xc2},                         // addq %rax, %rdx
-		{0xe2, 0xf9},                               // loop sum
-		{0x81, 0xfa, 0x00, 0x2a, 0x00, 0x00},       // cmpl $10752, %edx
-		{0x75, 0x27},                               // jne bad
-		{0x66, 0x48, 0x0f, 0x6e, 0xc2},             // movq %rdx, %xmm0
-		{0x66, 0x0f, 0xd4, 0xc0},                   // paddq %xmm0, %xmm0
-		{0x66, 0x48, 0x0f, 0x7e, 0xc0},             // movq %xmm0, %rax
-		{0x48, 0x3d, 0x00, 0x54, 0x00, 0x00},       // cmpq $21504, %rax
-		{0x75, 0x11},                               // jne bad
-		{0xf0, 0x48, 0x0f, 0xb1, 0x14, 0x25, 0x00, 0x40, 0x00, 0x00}, // lock cmpxchgq %rdx, 0x4000
-		{0xb8, romAnswer, 0x00, 0x00, 0x00},                          // movl $0x2a, %eax
-		{0xeb, 0x02},                                                 // jmp out
-		{0x31, 0xc0},                                                 // bad: xorl %eax, %eax
-		{0x5b},                                                       // out: popq %rbx
-		{0xc3},                                                       // ret
-		{0x0f, 0x1f, 0x44, 0x00, 0x00},                               // nop up to 0xf00e0
+		work(),
+		{0x0f, 0x1f, 0x44, 0x00, 0x00}, // nop up to 0xf00e0
 		// The segments: none, 32-bit code, data, 64-bit code.
 		{0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00},
 		{0xff, 0xff, 0x00, 0x00, 0x00, 0x9b, 0xcf, 0x00},

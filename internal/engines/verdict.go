@@ -10,24 +10,26 @@ import (
 )
 
 const (
-	verdictVersion = 1
+	verdictVersion = 2
 	maxVerdict     = 16 << 10
 )
 
-// verdict says whether KVM runs machines, and what that was found out with.
+// verdict says whether KVM runs machines of a monitor, and what that was found
+// out with.
 type verdict struct {
-	Version int    `json:"version"`
-	BootID  string `json:"boot_id"`
-	QEMU    string `json:"qemu"`   // QEMU's version
-	Kernel  bool   `json:"kernel"` // the probe had a kernel to boot
-	Usable  bool   `json:"usable"`
-	Reason  string `json:"reason"`
+	Version        int    `json:"version"`
+	BootID         string `json:"boot_id"`
+	Monitor        string `json:"monitor"` // the prober's name
+	MonitorVersion string `json:"monitor_version"`
+	Kernel         bool   `json:"kernel"` // the probe had a kernel to boot
+	Usable         bool   `json:"usable"`
+	Reason         string `json:"reason"`
 }
 
 // answers says whether v still holds for one who asks in the circumstances of
 // want. A verdict that needed no kernel to be negative needs none later.
 func (v verdict) answers(want verdict) bool {
-	same := v.BootID == want.BootID && v.QEMU == want.QEMU
+	same := v.BootID == want.BootID && v.Monitor == want.Monitor && v.MonitorVersion == want.MonitorVersion
 	return same && (v.Kernel || !want.Kernel || !v.Usable)
 }
 
@@ -55,7 +57,7 @@ func decodeVerdict(data []byte) (verdict, error) {
 	if err := json.Unmarshal(data, &v); err != nil {
 		return verdict{}, fmt.Errorf("%w: verdict on KVM: %w", errdef.ErrInvalid, err)
 	}
-	if v.Version != verdictVersion || v.BootID == "" || v.QEMU == "" || v.Reason == "" {
+	if v.Version != verdictVersion || v.BootID == "" || v.Monitor == "" || v.MonitorVersion == "" || v.Reason == "" {
 		return verdict{}, fmt.Errorf("%w: verdict on KVM of version %d is not complete", errdef.ErrInvalid, v.Version)
 	}
 	return v, nil

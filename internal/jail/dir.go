@@ -21,7 +21,7 @@ import (
 // has put there never leads anywhere else, but what a file says is its own
 // business, and may change at any time. A name is that of an entry, not a path.
 // Dir keeps the directory, and nothing of the program's, also when that has ended.
-// Its methods are safe for concurrent use, but for Close.
+// Its methods are safe for concurrent use; after Close they return os.ErrClosed.
 type Dir struct{ dir *os.File }
 
 // OpenDir opens the RunDir of the process pid that started at start, which any
@@ -76,6 +76,17 @@ func checkRun(fd int) error {
 	return nil
 }
 
+// in does something with the directory, which is not closed meanwhile.
+func (d *Dir) in(do func(fd int) error) error {
+	conn, err := d.dir.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var doErr error
+	err = conn.Control(func(fd uintptr) { doErr = do(int(fd)) })
+	return errors.Join(err, doErr)
+}
+
 // Close closes the directory. What was opened in it stays open.
 func (d *Dir) Close() error { return d.dir.Close() }
 
@@ -85,9 +96,13 @@ func (d *Dir) open(name string, flags uint64, kind uint32) (*os.File, error) {
 	if name != filepath.Base(name) || name == "." || name == ".." {
 		return nil, fmt.Errorf("%w: file name %q", errdef.ErrInvalid, name)
 	}
-	fd, err := unix.Openat2(int(d.dir.Fd()), name, &unix.OpenHow{
-		Flags:   flags | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+	var fd int
+	err := d.in(func(dir int) (err error) {
+		fd, err = unix.Openat2(dir, name, &unix.OpenHow{
+			Flags:   flags | unix.O_NOFOLLOW | unix.O_CLOEXEC,
+			Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
+		})
+		return err
 	})
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: filepath.Join(RunDir, name), Err: err}
@@ -133,7 +148,7 @@ func (d *Dir) Remove(name string) error {
 	if name != filepath.Base(name) {
 		return fmt.Errorf("%w: file name %q", errdef.ErrInvalid, name)
 	}
-	if err := unix.Unlinkat(int(d.dir.Fd()), name, 0); err != nil {
+	if err := d.in(func(dir int) error { return unix.Unlinkat(dir, name, 0) }); err != nil {
 		return &os.PathError{Op: "remove", Path: filepath.Join(RunDir, name), Err: err}
 	}
 	return nil

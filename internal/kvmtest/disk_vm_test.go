@@ -38,10 +38,10 @@ type stage struct {
 }
 
 // makeDisk makes the outer guest's disk: programs of this host with what they
-// are linked with, the test programs, and the shared image.
-func makeDisk(t *testing.T, p plan, init string, programs map[string]string) string {
+// are linked with, the test program, and the shared image.
+func makeDisk(t *testing.T, p plan, of suite, init, program string) string {
 	t.Helper()
-	s := stage{t: t, root: filepath.Join(cacheDir(t), "root")}
+	s := stage{t: t, root: filepath.Join(of.dir(t), "root")}
 	if err := os.RemoveAll(s.root); err != nil {
 		t.Fatal(err)
 	}
@@ -51,13 +51,9 @@ func makeDisk(t *testing.T, p plan, init string, programs map[string]string) str
 		s.addHost(lookPath(t, name))
 	}
 	s.addHost(firmware(t)...)
-	for _, program := range programs {
-		s.addProgram(program, filepath.Join("/tests", filepath.Base(program)))
-	}
-	for name, path := range monitors() {
-		if program := os.Getenv(name); program != "" {
-			s.addProgram(program, path)
-		}
+	s.addProgram(program, p.Program)
+	for name, path := range of.monitors() {
+		s.addProgram(os.Getenv(name), path)
 	}
 	s.addRepository(p)
 	data, err := json.Marshal(p)
@@ -65,7 +61,7 @@ func makeDisk(t *testing.T, p plan, init string, programs map[string]string) str
 		t.Fatal(err)
 	}
 	s.write(planFile, string(data))
-	disk := filepath.Join(cacheDir(t), "disk")
+	disk := filepath.Join(of.dir(t), "disk")
 	if err = os.RemoveAll(disk); err != nil {
 		t.Fatal(err)
 	}
@@ -97,9 +93,7 @@ func (s stage) addRepository(p plan) {
 	for _, name := range []string{"tine", "tine-agent"} {
 		s.addProgram(vmtest.Program(s.t, name), filepath.Join(repository, "bin", name))
 	}
-	for _, j := range p.Jobs {
-		s.check(os.MkdirAll(filepath.Join(s.root, j.Dir), 0o755))
-	}
+	s.check(os.MkdirAll(filepath.Join(s.root, p.Dir), 0o755))
 	images := filepath.Join(vmtest.StateDir(s.t), "images")
 	s.check(filepath.WalkDir(images, func(path string, e fs.DirEntry, err error) error {
 		if err != nil {

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// runPlan runs all jobs, one after the other, and reports each.
+// runPlan runs the plan and reports the result.
 func runPlan(ctx context.Context) error {
 	data, err := os.ReadFile(planFile)
 	if err != nil {
@@ -28,19 +28,13 @@ func runPlan(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	results, err := openPort(resultPort)
+	report, err := openPort(resultPort)
 	if err != nil {
 		return err
 	}
-	report := json.NewEncoder(results)
-	for i, j := range p.Jobs {
-		r := j.run(ctx, output)
-		r.Nonce, r.Job = p.Nonce, i
-		if err = report.Encode(r); err != nil {
-			return fmt.Errorf("report job %d: %w", i, err)
-		}
-	}
-	return report.Encode(closing{Nonce: p.Nonce, Jobs: len(p.Jobs)})
+	r := p.run(ctx, output)
+	r.Nonce = p.Nonce
+	return json.NewEncoder(report).Encode(r)
 }
 
 // openPort opens a virtio-serial port by its name.
@@ -61,13 +55,15 @@ func openPort(name string) (*os.File, error) {
 	return nil, fmt.Errorf("no port %s", name)
 }
 
-// run runs the job's tests and passes on what they say.
-func (j job) run(ctx context.Context, output io.Writer) result {
-	_, _ = fmt.Fprintf(output, "=== %s, engine %s\n", j.Package, j.Engine) // what counts is the result
-	cmd := exec.CommandContext(ctx, j.Program, "-test.v", "-test.count=1", "-test.timeout="+strconv.Itoa(j.Seconds)+"s",
-		"-test.run=^("+strings.Join(j.Tests, "|")+")$")
-	cmd.Dir = j.Dir
-	cmd.Env = append(os.Environ(), j.Env...)
+// run runs the plan's tests and passes on what they say.
+func (p plan) run(ctx context.Context, output io.Writer) result {
+	pattern := "^(" + strings.Join(p.Tests, "|") + ")$"
+	if p.Parts != "" {
+		pattern += "/" + p.Parts
+	}
+	cmd := exec.CommandContext(ctx, p.Program, "-test.v", "-test.count=1", "-test.timeout="+strconv.Itoa(p.Seconds)+"s", "-test.run="+pattern)
+	cmd.Dir = p.Dir
+	cmd.Env = append(os.Environ(), p.Env...)
 	var t tally
 	out := io.MultiWriter(output, &t)
 	cmd.Stdout, cmd.Stderr = out, out

@@ -9,6 +9,7 @@ package vmtest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,11 +19,13 @@ import (
 	"github.com/tinevm/tine/internal/cgroup"
 	"github.com/tinevm/tine/internal/deterministic"
 	"github.com/tinevm/tine/internal/durable"
+	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/image"
 	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/snapshot"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmm/qemu"
 )
 
@@ -73,12 +76,7 @@ func NamedEngine() (name string, ok bool) {
 // machine, in its jail.
 func Engine(t testing.TB) vmm.Engine {
 	t.Helper()
-	name, _ := NamedEngine()
-	accel, known := map[string]qemu.Accel{"": qemu.TCG, "qemu-tcg": qemu.TCG, "qemu-kvm": qemu.KVM}[name]
-	if !known {
-		t.Fatalf("no engine %q for tests", name)
-	}
-	engine, err := qemu.New(t.Context(), qemu.Config{Accel: accel, Jail: Jail(t)})
+	engine, err := open(t)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,6 +86,19 @@ func Engine(t testing.TB) vmm.Engine {
 		}
 	})
 	return engine
+}
+
+func open(t testing.TB) (vmm.Engine, error) {
+	name, _ := NamedEngine()
+	switch name {
+	case "", "qemu-tcg":
+		return qemu.New(t.Context(), qemu.Config{Accel: qemu.TCG, Jail: Jail(t)})
+	case "qemu-kvm":
+		return qemu.New(t.Context(), qemu.Config{Accel: qemu.KVM, Jail: Jail(t)})
+	case firecracker.Name:
+		return firecracker.New(t.Context(), firecracker.Config{Binary: os.Getenv("FIRECRACKER"), Jail: Jail(t)})
+	}
+	return nil, fmt.Errorf("%w: no engine %q for tests", errdef.ErrInvalid, name)
 }
 
 // Jail is the jail that machines of tests run in.

@@ -17,7 +17,7 @@ const guestCID = 3
 // boot tells a Firecracker that runs nothing yet what its machine is, and lets it
 // run. There is no metadata service (MMDS), as no card is told of one.
 func (m *machine) boot(ctx context.Context, spec vmm.StartSpec) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	shape := spec.Machine
 	steps := []struct {

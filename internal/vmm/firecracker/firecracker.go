@@ -14,6 +14,7 @@
 package firecracker
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -25,6 +26,9 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
@@ -46,6 +50,10 @@ type Config struct {
 	Jail *jail.Config
 	// Logger may be nil.
 	Logger *slog.Logger
+
+	// Tests have others; the zero values stand for answerTime and kvmDevice.
+	answer time.Duration
+	kvm    string
 }
 
 // Name is the engine's.
@@ -58,6 +66,8 @@ type Engine struct {
 	template cpuTemplate
 	host     vmm.Host
 	keeper   process.Keeper
+	answer   time.Duration // answerTime
+	kvm      string        // kvmDevice
 }
 
 var _ vmm.Engine = (*Engine)(nil)
@@ -87,11 +97,14 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if binary, err = filepath.Abs(binary); err != nil {
 		return nil, err
 	}
-	e := &Engine{binary: binary, keeper: process.Keeper{Engine: Name, Monitor: "Firecracker", Logger: cfg.Logger}}
+	e := &Engine{
+		binary: binary, keeper: process.Keeper{Engine: Name, Monitor: "Firecracker", Logger: cfg.Logger},
+		answer: cmp.Or(cfg.answer, answerTime), kvm: cmp.Or(cfg.kvm, kvmDevice),
+	}
 	if e.keeper.Logger == nil {
 		e.keeper.Logger = slog.New(slog.DiscardHandler)
 	}
-	if e.version, err = askVersion(ctx, binary); err != nil {
+	if e.version, err = askVersion(ctx, binary, e.answer); err != nil {
 		return nil, err
 	}
 	if e.template, err = readTemplate(cfg.CPUTemplate); err != nil {
@@ -112,12 +125,12 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 }
 
 // askVersion runs a program that says "Firecracker v1.16.1" and more.
-func askVersion(ctx context.Context, binary string) (api.Version, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
+func askVersion(ctx context.Context, binary string, most time.Duration) (api.Version, error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, binary, "--version")
 	cmd.Env = process.Environment()
-	cmd.WaitDelay = answerTime // for what it may have left behind, with our pipe
+	cmd.WaitDelay = most // for what it may have left behind, with our pipe
 	out, err := process.Output(cmd, 64<<10)
 	if err != nil {
 		if ctx.Err() != nil {
@@ -131,8 +144,8 @@ func askVersion(ctx context.Context, binary string) (api.Version, error) {
 		return api.Version{}, fmt.Errorf("%w: %s does not say that it is Firecracker", errdef.ErrUnavailable, binary)
 	}
 	version, err := api.ParseVersion(number)
-	if err != nil {
-		return api.Version{}, fmt.Errorf("%w: ask %s for its version: %w", errdef.ErrUnavailable, binary, err)
+	if err != nil { // in one category: it is not for the user to change what he asked for
+		return api.Version{}, fmt.Errorf("%w: ask %s for its version: %s", errdef.ErrUnavailable, binary, err.Error())
 	}
 	return version, version.Check()
 }
@@ -147,14 +160,7 @@ func readTemplate(name string) (cpuTemplate, error) {
 	if name == "" || staticTemplates.MatchString(name) {
 		return cpuTemplate{name: name, title: name}, nil
 	}
-	info, err := os.Stat(name)
-	if err == nil && info.Size() > maxTemplate {
-		err = fmt.Errorf("%d bytes are more than %d", info.Size(), maxTemplate)
-	}
-	var text []byte
-	if err == nil {
-		text, err = os.ReadFile(name)
-	}
+	text, err := readTemplateFile(name)
 	if err == nil && !json.Valid(text) {
 		err = errors.New("it is not JSON")
 	}
@@ -169,6 +175,22 @@ func readTemplate(name string) (cpuTemplate, error) {
 		return '?'
 	}, filepath.Base(name))
 	return cpuTemplate{custom: text, title: fmt.Sprintf("%.40s@%x", plain, sha256.Sum256(text))}, nil
+}
+
+func readTemplateFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe would wait
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }() // only read
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("it is no regular file")
+	}
+	if err != nil {
+		return nil, err
+	}
+	return readAll(f, maxTemplate)
 }
 
 // Name is "firecracker".
@@ -194,7 +216,8 @@ func (e *Engine) Close() error { return e.keeper.Close() }
 
 // Adopt takes over a machine whose process is still the one in h.
 func (e *Engine) Adopt(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
-	m := &machine{engine: e, handle: h}
+	m := &machine{engine: e, handle: h, ready: make(chan struct{})}
+	defer close(m.ready)
 	var err error
 	if m.Process, err = e.keeper.Adopt(h, m.hooks()); err != nil { //nolint:contextcheck // it is watched for as long as it lives
 		return nil, err

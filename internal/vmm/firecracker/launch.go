@@ -37,7 +37,13 @@ type launcher struct {
 	files  []*os.File // handed down, the caller's and the cell's
 	before map[string]func(context.Context) error
 	fresh  int64 // how long a file it may make, beside its state
-	there  atomic.Pointer[machine]
+	there  atomic.Pointer[loading]
+}
+
+// loading is a machine that was told to load a snapshot.
+type loading struct {
+	m     *machine
+	bound *time.Timer // ends it
 }
 
 func (e *Engine) newLauncher(spec vmm.Common) *launcher {
@@ -82,6 +88,7 @@ func (e *Engine) start(ctx context.Context, spec vmm.StartSpec) (_ *machine, err
 	if err != nil {
 		return nil, err
 	}
+	defer close(m.ready)
 	u.Add(func() error { return m.Kill(context.WithoutCancel(ctx)) })
 	m.template = spec.Memory != ""
 	if err = m.boot(ctx, spec); err != nil {
@@ -106,7 +113,10 @@ func (l *launcher) makeMemory(path string) error {
 		return err
 	}
 	l.fresh = int64(l.spec.Machine.MemoryMiB) << 20
-	return l.names.add(memoryFile, path, os.O_WRONLY)
+	if err = l.names.add(memoryFile, path, os.O_WRONLY); err != nil {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }
 
 // Restore brings up a machine that shares a frozen one's memory.
@@ -145,13 +155,25 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	if err != nil {
 		return nil, err
 	}
+	defer close(m.ready)
 	u.Add(func() error { return m.Kill(context.WithoutCancel(ctx)) })
-	err = m.client.LoadSnapshot(ctx, api.Load{State: deviceFile, Mem: memoryFile, Resume: !spec.Paused})
+	err = l.load(ctx, m, !spec.Paused)
 	if err = errors.Join(err, m.settle()); err != nil {
 		return nil, m.gone(fmt.Errorf("load snapshot: %w", err))
 	}
 	u.Release()
 	return m, nil
+}
+
+// load has Firecracker load the snapshot, for which it has no longer than for
+// anything else, but for what fill takes.
+func (l *launcher) load(ctx context.Context, m *machine, resume bool) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	bound := time.AfterFunc(l.engine.answer, func() { cancel(l.engine.late()) })
+	defer bound.Stop()
+	l.there.Store(&loading{m, bound})
+	return m.client.LoadSnapshot(ctx, api.Load{State: deviceFile, Mem: memoryFile, Resume: resume})
 }
 
 // memory gives the machine the image at path, copied on write, and completed by
@@ -183,11 +205,13 @@ func (l *launcher) memory(ctx context.Context, path string, fill fillFunc) (err 
 // (restore_from_snapshot in src/vmm/src/persist.rs, from v1.10 to v1.16).
 func (l *launcher) fillThere(fill fillFunc) func(context.Context) error {
 	return func(ctx context.Context) error {
-		m := l.there.Load()
-		if m == nil {
+		there := l.there.Load()
+		if there == nil {
 			return fmt.Errorf("%w: Firecracker opens KVM before it was asked to", errdef.ErrUnsupported)
 		}
-		space, err := m.Memory()
+		there.bound.Stop()
+		defer there.bound.Reset(l.engine.answer)
+		space, err := there.m.Memory()
 		if err == nil {
 			err = fill(ctx, space)
 		}
@@ -198,7 +222,8 @@ func (l *launcher) fillThere(fill fillFunc) func(context.Context) error {
 	}
 }
 
-// launch starts Firecracker, and returns when it answers.
+// launch starts Firecracker, and returns when it answers. The caller closes
+// machine.ready.
 func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
@@ -225,16 +250,16 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 		return nil, err
 	}
 	u.Release() // what comes now is the machine's
-	m := &machine{engine: l.engine, handle: p.Handle(), started: p, names: l.names, console: console}
+	m := &machine{engine: l.engine, handle: p.Handle(), started: p, names: l.names, console: console, ready: make(chan struct{})}
 	m.Process = p.Watch(m.hooks()) //nolint:contextcheck // for as long as it lives
 	l.names = names{}              // they are the machine's
 	if m.place, err = openPlace(m.handle); err == nil {
 		err = m.connect(ctx)
 	}
 	if err != nil {
+		close(m.ready)
 		return nil, errors.Join(m.gone(err), m.Kill(context.WithoutCancel(ctx)))
 	}
-	l.there.Store(m)
 	return m, nil
 }
 
@@ -247,11 +272,14 @@ func (l *launcher) complete() error {
 	if err != nil {
 		return err
 	}
-	if root.Size() == 0 || root.Size()%pmemAlign != 0 {
-		return fmt.Errorf("root image %s: size %d is not a multiple of %d", l.spec.Root, root.Size(), pmemAlign)
+	if !root.Mode().IsRegular() || root.Size() == 0 || root.Size()%pmemAlign != 0 {
+		return fmt.Errorf("%w: root image %s: not a file of a multiple of %d bytes", errdef.ErrInvalid, l.spec.Root, pmemAlign)
 	}
-	if err = errors.Join(l.names.add(rootFile, l.spec.Root, os.O_RDONLY), l.names.device(kvmDevice)); err != nil {
+	if err = l.names.device(kvmDevice, l.engine.kvm); err != nil {
 		return explainKVM(err)
+	}
+	if err = l.names.add(rootFile, l.spec.Root, os.O_RDONLY); err != nil {
+		return err
 	}
 	l.files = append(l.files, l.spec.Leases...)
 	if !l.spec.Machine.Net {
@@ -266,9 +294,6 @@ func (l *launcher) complete() error {
 
 // explainKVM says what to do about a device that cannot be opened.
 func explainKVM(err error) error {
-	if !strings.Contains(err.Error(), kvmDevice) {
-		return err
-	}
 	err = fmt.Errorf("%w: %w", errdef.ErrUnavailable, err)
 	return errdef.WithHint(err, "this user must be allowed to read and write "+kvmDevice+"; on many hosts the group kvm is")
 }

@@ -27,10 +27,14 @@ type machine struct {
 	console  *console // nil if it could not be had
 	place    place
 	client   *api.Client
+	// ready is closed when the machine is made, or could not be. The end of a
+	// Firecracker that could not load waits for it, so that its answer is heard.
+	ready chan struct{}
 
-	settling sync.Once // guards the two below
-	started  *process.Started
-	names    names
+	detaching sync.Once
+	settling  sync.Once // guards the two below
+	started   *process.Started
+	names     names
 
 	// turn is held while the machine is paused, resumed or saved.
 	turn sync.Mutex
@@ -43,7 +47,14 @@ type machine struct {
 	work     sync.WaitGroup // on streams
 }
 
-var errNoAnswer = fmt.Errorf("%w: Firecracker has not answered in %v", errdef.ErrTimeout, answerTime)
+// bounded is ctx for what Firecracker does in milliseconds.
+func (e *Engine) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, e.answer, e.late())
+}
+
+func (e *Engine) late() error {
+	return fmt.Errorf("%w: Firecracker has not answered in %v", errdef.ErrTimeout, e.answer)
+}
 
 // hooks are what comes with the end of Firecracker.
 func (m *machine) hooks() process.Hooks {
@@ -54,14 +65,17 @@ func (m *machine) hooks() process.Hooks {
 			}
 			return err
 		},
-		Gone: func() { _ = m.Detach() }, // nobody is at the other end
+		Gone: func() {
+			<-m.ready
+			_ = m.Detach() // nobody is at the other end
+		},
 	}
 }
 
 // connect waits until Firecracker answers, and sees that it is the one that the
 // engine knows.
 func (m *machine) connect(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	if m.client, err = m.dial(ctx); err != nil {
 		return err
@@ -95,8 +109,14 @@ func (m *machine) settle() (err error) {
 	return err
 }
 
-// Detach lets go of Firecracker and leaves it running.
-func (m *machine) Detach() error {
+// Detach lets go of Firecracker and leaves it running. What it has let go of
+// already it leaves alone.
+func (m *machine) Detach() (err error) {
+	m.detaching.Do(func() { err = m.detach() })
+	return err
+}
+
+func (m *machine) detach() error {
 	err := m.settle()
 	m.streamMu.Lock()
 	stream := m.stream
@@ -182,7 +202,7 @@ func (m *machine) relink() {
 
 // Paused reports whether the vCPUs stand still.
 func (m *machine) Paused(ctx context.Context) (bool, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	i, err := m.client.Instance(ctx)
 	if err != nil {
@@ -199,7 +219,7 @@ func (m *machine) Pause(ctx context.Context) error {
 }
 
 func (m *machine) pause(ctx context.Context) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	if err := m.client.Pause(ctx); err != nil {
 		return m.gone(fmt.Errorf("pause: %w", err))
@@ -226,7 +246,7 @@ func (m *machine) resume(ctx context.Context) error {
 			return fmt.Errorf("resume: %w", err)
 		}
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	if err = m.client.Resume(ctx); err != nil {
 		return m.gone(fmt.Errorf("resume: %w", err))
@@ -257,7 +277,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			late, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerTime)
+			late, cancel := m.engine.bounded(context.WithoutCancel(ctx))
 			defer cancel()
 			err = errors.Join(err, m.resume(late))
 		}
@@ -265,6 +285,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	m.reset = true
 	// No bound of ours: it writes all of the memory.
 	if err = m.client.CreateSnapshot(ctx, api.Snapshot{Type: api.Full, State: stateFile, Mem: memoryFile}); err != nil {
+		m.dropState()
 		return m.gone(fmt.Errorf("freeze: %w", err))
 	}
 	state, err := m.takeState()
@@ -304,15 +325,17 @@ func (m *machine) SaveDevice(ctx context.Context, device string) error {
 // of that shows how far it got, and the state has a checksum. The machine is none
 // the worse: an error in that place undoes nothing and changes nothing.
 func (m *machine) save(ctx context.Context) ([]byte, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, errNoAnswer)
+	ctx, cancel := m.engine.bounded(ctx)
 	defer cancel()
 	m.reset = true
 	err := m.client.CreateSnapshot(ctx, api.Snapshot{Type: api.Full, State: stateFile, Mem: nowhere})
 	var refused *api.Error
 	switch {
 	case err == nil:
+		m.dropState()
 		return nil, fmt.Errorf("%w: Firecracker has found %s", errdef.ErrConflict, nowhere)
 	case !errors.As(err, &refused) || !strings.Contains(refused.Message, "open on the memory backing file"):
+		m.dropState()
 		return nil, m.gone(err)
 	}
 	return m.takeState()
@@ -325,10 +348,15 @@ func (m *machine) takeState() ([]byte, error) {
 		err = verifyState(data)
 	}
 	if err != nil {
+		m.dropState()
 		return nil, fmt.Errorf("read device state: %w", err)
 	}
 	return data, m.place.Remove(stateFile)
 }
+
+// dropState removes device state that is of no use, if there is any: Firecracker
+// leaves it when it can write no memory. The next would take its place.
+func (m *machine) dropState() { _ = m.place.Remove(stateFile) }
 
 // Console returns the first 64 KiB of what the guest wrote to its serial console.
 func (m *machine) Console(context.Context) (string, error) { return m.console.text() }

@@ -60,16 +60,16 @@ func (n *names) add(name, path string, flags int) error {
 	return nil
 }
 
-// device is for what has the same name for everyone.
-func (n *names) device(path string) error {
-	if !n.jailed {
-		return nil
-	}
+// device is for what has the same name for everyone. It is at path.
+func (n *names) device(name, path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	n.files[path] = f
+	if !n.jailed { // Firecracker will open it by itself; now it is known that it can
+		return f.Close()
+	}
+	n.files[name] = f
 	return nil
 }
 

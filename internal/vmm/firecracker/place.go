@@ -2,10 +2,14 @@ package firecracker
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
 	"github.com/tinevm/tine/internal/vmm"
 )
@@ -40,9 +44,16 @@ func (f folder) Dial(ctx context.Context, name string) (net.Conn, error) {
 	return d.DialContext(ctx, "unix", filepath.Join(f.Name(), name))
 }
 
-// Read reads a file of at most that many bytes.
+// Read reads a regular file of at most that many bytes.
 func (f folder) Read(name string, most int64) ([]byte, error) {
-	file, err := f.Open(name)
+	info, err := f.Lstat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: %s is no regular file", errdef.ErrInvalid, name)
+	}
+	file, err := f.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0) // no pipe holds us up
 	if err != nil {
 		return nil, err
 	}

@@ -7,9 +7,11 @@ import (
 	"hash/crc64"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/tinevm/tine/internal/errdef"
+	"github.com/tinevm/tine/internal/vmm"
 )
 
 // sum is the checksum that Firecracker puts behind device state.
@@ -24,10 +26,12 @@ func TestChecksum(t *testing.T) {
 	}
 }
 
+func appendSum(data []byte) []byte { return binary.LittleEndian.AppendUint64(data, sum(data)) }
+
 func TestVerifyState(t *testing.T) {
 	t.Parallel()
 	good := bytes.Repeat([]byte("state"), 1000)
-	good = binary.LittleEndian.AppendUint64(good, sum(good))
+	good = appendSum(good)
 	flipped := bytes.Clone(good)
 	flipped[17] ^= 1
 	for name, tt := range map[string]struct {
@@ -36,7 +40,7 @@ func TestVerifyState(t *testing.T) {
 	}{
 		"good":    {good, true},
 		"empty":   {nil, false},
-		"short":   {binary.LittleEndian.AppendUint64([]byte("x"), sum([]byte("x"))), false},
+		"short":   {appendSum([]byte("x")), false},
 		"flipped": {flipped, false},
 		"cut off": {good[:len(good)-1], false},
 		"longer":  {append(bytes.Clone(good), 1), false},
@@ -88,4 +92,55 @@ func TestConsole(t *testing.T) {
 	if text, textErr := none.text(); text != "" || textErr != nil || none.close() != nil {
 		t.Errorf("no console: %q, %v", text, textErr)
 	}
+}
+
+func FuzzVerifyState(f *testing.F) {
+	f.Add([]byte(nil))
+	f.Add(appendSum(make([]byte, minState)))
+	f.Add(appendSum(bytes.Repeat([]byte("state"), 300)))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if err := verifyState(data); err != nil {
+			if !errors.Is(err, errdef.ErrInvalid) {
+				t.Error(err)
+			}
+			return
+		}
+		spoilt := bytes.Clone(data)
+		spoilt[len(data)/2] ^= 0x10
+		if verifyState(spoilt) == nil || verifyState(appendSum(data)) != nil {
+			t.Error("a bit more or less makes no difference")
+		}
+	})
+}
+
+// FuzzReadTemplate: whatever a template is called and has in it, what a snapshot
+// says of it is fit for a snapshot.
+func FuzzReadTemplate(f *testing.F) {
+	f.Add("T2S", []byte("{}"))
+	f.Add("own.json", []byte(`{"msr_modifiers":[]}`))
+	f.Add("ödd näme\n", []byte("null"))
+	f.Fuzz(func(t *testing.T, name string, text []byte) {
+		if name != filepath.Base(name) || len(name) > 200 || strings.Contains(name, "\x00") || name == ".." {
+			return
+		}
+		host, err := vmm.ThisHost()
+		if err != nil {
+			t.Skip(err)
+		}
+		path := filepath.Join(t.TempDir(), name)
+		if err = os.WriteFile(path, text, 0o600); err != nil {
+			return // no name for a file
+		}
+		template, err := readTemplate(path)
+		if err != nil {
+			if !errors.Is(err, errdef.ErrInvalid) {
+				t.Error(err)
+			}
+			return
+		}
+		host.Template = template.title
+		if err = host.Validate(); err != nil || template.name != "" || template.custom == nil {
+			t.Errorf("%+v: %v", template, err)
+		}
+	})
 }

@@ -21,6 +21,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/jail"
@@ -74,7 +75,11 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		err = fmt.Errorf("%w: find QEMU: %w", errdef.ErrUnavailable, err)
 		return nil, errdef.WithHint(err, "apt-get install qemu-system-x86")
 	}
-	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	ask, cancel := context.WithTimeout(ctx, versionTime)
+	defer cancel()
+	cmd := exec.CommandContext(ask, binary, "--version")
+	cmd.WaitDelay = versionTime // for what it may have left behind, with our pipe
+	out, err := process.Output(cmd, 64<<10)
 	if err != nil {
 		return nil, fmt.Errorf("%w: ask %s for its version: %w", errdef.ErrUnavailable, binary, err)
 	}
@@ -100,6 +105,9 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	}
 	return e, nil
 }
+
+// versionTime is how long QEMU may take to say its version.
+const versionTime = time.Minute
 
 // parseVersion takes "7.2.22 (Debian ...)" out of "QEMU emulator version
 // 7.2.22 (Debian ...)\nCopyright ...": a distribution's build is part of it,

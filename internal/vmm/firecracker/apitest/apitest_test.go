@@ -190,6 +190,15 @@ func TestSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	state, err := os.ReadFile(in("state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	state[len(state)-20] = ' ' // and not the newline that it was
+	if err = os.WriteFile(in("spoilt"), state, 0o600); err != nil {
+		t.Fatal(err)
+	}
+
 	load := api.Load{State: in("state"), Mem: in("mem"), Vsock: in("w"), Resume: true}
 	for what, tt := range map[string]struct {
 		version string
@@ -200,6 +209,7 @@ func TestSnapshot(t *testing.T) {
 		"no state":           {"", func(l *api.Load) { l.State = in("none") }, "Failed to open snapshot file: No such file"},
 		"no device state":    {"", func(l *api.Load) { l.State = in("kernel") }, "too short"},
 		"garbage":            {"", func(l *api.Load) { l.State = in("mem") }, "bitcode error"},
+		"a bit flipped":      {"", func(l *api.Load) { l.State = in("spoilt") }, "CRC64 validation failed"},
 		"no memory":          {"", func(l *api.Load) { l.Mem = in("none") }, "Failed to load guest memory: No such file"},
 		"too little memory":  {"", func(l *api.Load) { l.Mem = in("short") }, "Failed to restore guest memory"},
 		"a socket in use":    {"", func(l *api.Load) { l.Vsock = "" }, "Address in use"},
@@ -212,7 +222,12 @@ func TestSnapshot(t *testing.T) {
 		<-other.Done()
 	}
 
-	fork, forkClient := client(t, Config{Guest: echo})
+	kvm := in("kvm")
+	other, otherClient := client(t, Config{KVM: kvm})
+	refused(t, "no KVM", otherClient.LoadSnapshot(ctx, api.Load{State: in("state"), Mem: in("mem"), Vsock: in("v2")}), "Error creating KVM object: No such file")
+	<-other.Done()
+
+	fork, forkClient := client(t, Config{Guest: echo, KVM: os.DevNull})
 	if err = forkClient.LoadSnapshot(ctx, load); err != nil {
 		t.Fatal(err)
 	}

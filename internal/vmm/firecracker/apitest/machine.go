@@ -9,6 +9,8 @@ import (
 	"strings"
 	"unicode"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tinevm/tine/internal/vmm/firecracker/api"
 )
 
@@ -29,6 +31,7 @@ type machine struct {
 	networks devices
 	entropy  bool
 	vsock    *vsockDevice
+	mapped   []byte // guest memory, if it was loaded
 }
 
 // devices are those of one kind, by their names.
@@ -46,6 +49,8 @@ func (m *machine) close() {
 	if m.vsock != nil {
 		m.vsock.close()
 	}
+	_ = unix.Munmap(m.mapped) // EINVAL if there is none
+	m.mapped = nil
 }
 
 // setState lets connections to the guest go on, or stops them.
@@ -515,6 +520,9 @@ func (m *machine) act(v map[string]any) outcome {
 		return refuse(postBoot)
 	case m.source == nil:
 		return refuse("Start microvm error: Cannot start microvm without kernel configuration.")
+	}
+	if err := m.openKVM(); err != nil {
+		return refuse("Start microvm error: %v", err)
 	}
 	for _, v := range m.pmem.list() {
 		if fault := openPmem(v); fault != "" {

@@ -53,6 +53,12 @@ type Config struct {
 	Dump func(mem io.WriterAt, diff bool) error
 	// Faults are as if set by Server.Fault, by "PUT /snapshot/load" and the like.
 	Faults map[string]Fault
+	// KVM is the path of KVM's device, which is opened when a machine is made, after
+	// its memory is mapped; "" opens none.
+	KVM string
+	// Seen is told of each request that has come whole, before it is answered; nil
+	// is not.
+	Seen func(Request)
 }
 
 // Request is one that the server has got whole, refused or not.
@@ -266,7 +272,11 @@ func unreadable(reason string) []byte {
 // the connection ends.
 func (s *Server) answer(conn net.Conn, request *http.Request, body []byte) (alive bool, err error) {
 	s.mu.Lock()
-	s.requests = append(s.requests, Request{request.Method, request.URL.Path, string(body)})
+	seen := Request{request.Method, request.URL.Path, string(body)}
+	s.requests = append(s.requests, seen)
+	if s.cfg.Seen != nil {
+		s.cfg.Seen(seen)
+	}
 	if fault, ok := s.faults[request.Method+" "+request.URL.Path]; ok {
 		s.mu.Unlock()
 		return fault(s, conn), nil

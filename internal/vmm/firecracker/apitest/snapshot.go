@@ -1,18 +1,34 @@
 package apitest
 
 import (
+	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"io"
+	"hash/crc64"
 	"io/fs"
 	"os"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tinevm/tine/internal/vmm/firecracker/api"
 )
 
 // stateMagic begins the stand-in's own device states. Firecracker's begin
-// otherwise, and neither can read the other's.
+// otherwise, and neither can read the other's. What they have in common is their
+// checksum.
 const stateMagic = "apitest device state\n"
+
+// stateSize is about what the state of a small machine has in Firecracker's form.
+const stateSize = 20 << 10
+
+// checksum is the one at the end of device states: the CRC-64 of Redis and of the
+// crate crc64, which does not invert what hash/crc64 does. That of bytes and their
+// checksum is 0.
+func checksum(data []byte) uint64 {
+	const jones = 0x95ac9329ac4bc9b5 // the bits in Go's order
+	return ^crc64.Update(^uint64(0), crc64.MakeTable(jones), data)
+}
 
 // state is what a device state has behind the magic.
 type state struct {
@@ -79,11 +95,14 @@ func (m *machine) writeState(path string) (step string, err error) {
 	if err != nil {
 		panic(err)
 	}
+	data = append([]byte(stateMagic), data...)
+	data = append(data, bytes.Repeat([]byte("\n"), max(0, stateSize-len(data)))...)
+	data = binary.LittleEndian.AppendUint64(data, checksum(data))
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return "open", err
 	}
-	_, err = io.WriteString(f, stateMagic+string(data))
+	_, err = f.Write(data)
 	if closed := f.Close(); err == nil {
 		err = closed
 	}
@@ -182,8 +201,11 @@ func (m *machine) load(v map[string]any, memory string, uffd bool) error {
 	if uffd {
 		return faultf("Failed to load guest memory: Error creating guest memory from uffd: apitest has none")
 	}
-	if err = m.checkMemory(memory); err != nil {
+	if err = m.mapMemory(memory); err != nil {
 		return faultf("Failed to load guest memory: Error creating guest memory from file: %v", err)
+	}
+	if err = m.openKVM(); err != nil {
+		return faultf("Failed to build microVM from snapshot: Failed to create Vm: %v", err)
 	}
 	return m.loadDevices(st)
 }
@@ -202,28 +224,50 @@ func (m *machine) readState(path string) (state, error) {
 		return state{}, faultf(load + "Snapshot file is smaller than CRC length.")
 	}
 	var st state
-	if len(data) < len(stateMagic) || string(data[:len(stateMagic)]) != stateMagic || json.Unmarshal(data[len(stateMagic):], &st) != nil {
+	text, ok := bytes.CutPrefix(data[:len(data)-8], []byte(stateMagic))
+	if !ok || json.Unmarshal(text, &st) != nil {
 		return state{}, faultf(load + "An error occurred during bitcode serialization: bitcode error")
 	}
 	if format := formatOf(m.s.version); st.Format != format {
 		return state{}, faultf("%sInvalid data version: %s", load, st.Format)
 	}
+	if checksum(data) != 0 { // it comes last there, too
+		return state{}, faultf(load + "CRC64 validation failed")
+	}
 	return st, nil
 }
 
-func (m *machine) checkMemory(path string) error {
+// mapMemory maps the file as guest memory, and opens KVM's device then.
+func (m *machine) mapMemory(path string) error {
 	if m.config["huge_pages"] == "2M" {
 		return faultf("Cannot restore hugetlbfs backed snapshot by mapping the memory file. Please use uffd.")
 	}
-	if err := open(path, os.O_RDONLY); err != nil {
+	f, err := os.Open(path)
+	if err != nil {
 		return faultf("Failed to load guest memory: %s", osError(err))
 	}
-	info, err := os.Stat(path)
+	defer f.Close() //nolint:errcheck // it was only read
+	info, err := f.Stat()
 	if err != nil {
 		return faultf("Failed to load guest memory: %s", osError(err))
 	}
 	if info.Size() < m.memory() {
 		return faultf("Failed to restore guest memory: Total sum of memory regions exceeds largest possible file offset")
+	}
+	m.mapped, err = unix.Mmap(int(f.Fd()), 0, int(m.memory()), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_NORESERVE)
+	if err != nil {
+		return faultf("Failed to load guest memory: %s", osError(err))
+	}
+	return nil
+}
+
+// openKVM opens KVM's device, as the machine is made.
+func (m *machine) openKVM() error {
+	if m.s.cfg.KVM == "" {
+		return nil
+	}
+	if err := open(m.s.cfg.KVM, os.O_RDWR); err != nil {
+		return faultf("Error creating KVM object: %s Make sure the user launching the firecracker process is configured on the /dev/kvm file's ACL.", osError(err))
 	}
 	return nil
 }
