@@ -3,13 +3,16 @@
 package bench_test
 
 import (
+	"context"
 	"os"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tinevm/tine/internal/bench"
 	"github.com/tinevm/tine/internal/daemon"
+	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmtest"
 )
@@ -54,6 +57,15 @@ func forks(n int) []int {
 	return []int{2}
 }
 
+// told is the test's context, which says what is being measured: it can take long.
+func told(t *testing.T) context.Context {
+	t.Helper()
+	begin := time.Now()
+	return progress.With(t.Context(), func(e progress.Event) {
+		t.Logf("%4.0f s: %s %d of %d", time.Since(begin).Seconds(), e.Message, e.Done, e.Total)
+	})
+}
+
 // show prints the tables.
 func show(t *testing.T, res *bench.Result) {
 	t.Helper()
@@ -66,7 +78,7 @@ func show(t *testing.T, res *bench.Result) {
 
 func TestBenchFirecracker(t *testing.T) {
 	d, n := openFirecracker(t), rounds(t)
-	res, err := bench.Measure(t.Context(), d, bench.Options{Snapshot: vmtest.SnapshotTag, Forks: forks(n), Rounds: n, Floor: true})
+	res, err := bench.Measure(told(t), d, bench.Options{Snapshot: vmtest.SnapshotTag, Forks: forks(n), Rounds: n, Floor: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +97,7 @@ func TestBenchFirecracker(t *testing.T) {
 // they get, and the ways to save them.
 func TestBenchFirecrackerBranches(t *testing.T) {
 	d, n := openFirecracker(t), rounds(t)
-	res, err := bench.Measure(t.Context(), d, bench.Options{
+	res, err := bench.Measure(told(t), d, bench.Options{
 		Snapshot: vmtest.SnapshotTag, Rounds: n, Branch: true, Memory: []int{256}, Dirty: []int{0, 20}, Depths: []int{0},
 	})
 	if err != nil {
