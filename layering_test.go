@@ -102,7 +102,7 @@ var mayImport = map[string][]string{
 	"internal/bench": {
 		"internal/attest", "internal/cgroup", "internal/daemon", "internal/deterministic", "internal/egress", "internal/errdef",
 		"internal/guest", "internal/guestmem", "internal/image", "internal/jail", "internal/linux", "internal/progress", "internal/record",
-		"internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm",
+		"internal/relink", "internal/sandbox", "internal/snapshot", "internal/undo", "internal/vmm", "internal/vmm/firecracker/api",
 	},
 	"internal/daemon": {
 		"client", "internal/api", "internal/attest", "internal/audit", "internal/auth", "internal/deterministic",
@@ -151,7 +151,7 @@ var testsMayImport = map[string][]string{
 	"cmd/tine":               {"client", "internal/durable", "internal/linux"},
 	"internal/api/forge":     {"internal/api"},
 	"internal/agent":         {"internal/guest", "internal/vmm"},
-	"internal/bench":         {"internal/vmm/qemu"},
+	"internal/bench":         {"internal/vmm/firecracker", "internal/vmm/qemu"},
 	"internal/cli":           {"internal/vmm"},
 	"internal/daemon":        {"internal/guest", "internal/linux"},
 	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},

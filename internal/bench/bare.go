@@ -6,10 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -20,22 +20,58 @@ import (
 	"github.com/tinevm/tine/internal/undo"
 )
 
-// Names in a bare machine's directory.
-const (
-	qmpSocket   = "qmp.sock"
-	agentSocket = "agent.sock"
-	logFile     = "log"
-	ramFile     = "ram"
-	deviceFile  = "device"
-)
+// monitor brings up machines of one snapshot by hand: a program started as Tine
+// starts it but without a jail, and spoken to without Tine's engine. It is safe
+// for concurrent use.
+type monitor interface {
+	// name is the program's.
+	name() string
+	// boot starts the image. A template is a machine that can be frozen.
+	boot(ctx context.Context, template bool) (*process, error)
+	// restore starts a fork, which runs.
+	restore(ctx context.Context) (*process, error)
+}
 
-// bare is the floor: QEMU started with the command lines that Tine uses, and
-// spoken to by hand. There are no records, pins, locks or limits.
+// grip is what a hand has of one machine. One goroutine uses it at a time.
+type grip interface {
+	// dial connects to the agent, and waits for it if the monitor can tell that
+	// it is not there yet.
+	dial(ctx context.Context) (io.ReadWriteCloser, error)
+	// park pauses the machine so that resume is as quick as it can be.
+	park(ctx context.Context) error
+	resume(ctx context.Context) error
+	// freeze pauses a template and has in files of its directory what is not
+	// there yet.
+	freeze(ctx context.Context) error
+	// release lets go of a machine that has ended or is about to.
+	release()
+}
+
+// errStrange: a machine was started in a way that no hand knows to repeat.
+var errStrange = errors.New("cannot repeat how Tine has started it")
+
+// learn starts machines through Tine to see how that is done by hand. It says
+// why it cannot be done, if that is so.
+func learn(ctx context.Context, t *tine) (m monitor, reason string, err error) {
+	switch engine := t.d.Sandboxes.Engine.Name(); {
+	case strings.HasPrefix(engine, "qemu-"):
+		m, err = learnQEMU(ctx, t)
+	case engine == "firecracker":
+		m, err = learnFirecracker(ctx, t)
+	default:
+		return nil, "there is no harness for " + engine, nil
+	}
+	if errors.Is(err, errStrange) {
+		return nil, err.Error(), nil
+	}
+	return m, "", err
+}
+
+// bare is the floor: a monitor driven by hand. There are no records, pins, locks
+// or limits.
 type bare struct {
 	*subject
-	dirs   *dirs
-	lines  lines
-	tap    *os.File // what network cards are at; nil: nothing has one
+	monitor
 	parked *process // what raise(poolFork) takes
 }
 
@@ -47,7 +83,7 @@ func (b *bare) prepare(ctx context.Context, how start) (err error) {
 	if how != poolFork || b.parked != nil {
 		return nil
 	}
-	p, err := b.restore(ctx)
+	p, err := b.raised(ctx, b.restore)
 	if err != nil {
 		return err
 	}
@@ -64,7 +100,7 @@ func (b *bare) prepare(ctx context.Context, how start) (err error) {
 			return err
 		}
 	}
-	if err = p.qmp.do(ctx, "stop", nil, nil); err != nil {
+	if err = p.park(ctx); err != nil {
 		return err
 	}
 	b.parked = p
@@ -76,16 +112,28 @@ func (b *bare) raise(ctx context.Context, how start) (machine, error) {
 	var err error
 	switch how {
 	case coldBoot:
-		p, err = b.boot(ctx, b.lines.boot)
+		p, err = b.raised(ctx, b.bootPlain)
 	case coldFork:
-		p, err = b.restore(ctx)
+		p, err = b.raised(ctx, b.restore)
 	case poolFork:
 		p, err = b.wake(ctx)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("bare QEMU: %w", err)
+		return nil, fmt.Errorf("bare %s: %w", b.name(), err)
 	}
 	return p, nil
+}
+
+func (b *bare) bootPlain(ctx context.Context) (*process, error)    { return b.boot(ctx, false) }
+func (b *bare) bootTemplate(ctx context.Context) (*process, error) { return b.boot(ctx, true) }
+
+// raised brings up a machine and waits for its agent.
+func (b *bare) raised(ctx context.Context, how func(context.Context) (*process, error)) (*process, error) {
+	p, err := how(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return p, p.meet(ctx)
 }
 
 // wake runs the parked machine.
@@ -95,7 +143,7 @@ func (b *bare) wake(ctx context.Context) (*process, error) {
 		return nil, fmt.Errorf("%w: nothing is parked", errdef.ErrUnavailable)
 	}
 	b.parked = nil
-	err := p.qmp.do(ctx, "cont", nil, nil)
+	err := p.resume(ctx)
 	if err == nil {
 		err = p.client.SetClock(ctx) // it stood still while it was parked
 	}
@@ -124,20 +172,17 @@ func (b *bare) fork(ctx context.Context, n int, each func(machine, error)) error
 
 // freeze makes a template by hand, up to where its state is in a file.
 func (b *bare) freeze(ctx context.Context) (f frozen, err error) {
-	p, err := b.boot(ctx, b.lines.template)
+	p, err := b.raised(ctx, b.bootTemplate)
 	if err != nil {
-		return f, fmt.Errorf("bare QEMU: %w", err)
+		return f, fmt.Errorf("bare %s: %w", b.name(), err)
 	}
 	defer func() { err = errors.Join(err, p.end(ctx)) }()
 	if err = b.warm(ctx, p.client); err != nil {
 		return f, err
 	}
-	begin := time.Now() // Tine, too, has not spoken to this QEMU yet
-	if p.qmp, err = dialQMP(ctx, filepath.Join(p.dir, qmpSocket)); err != nil {
-		return f, err
-	}
-	if err = p.save(ctx); err != nil {
-		return f, fmt.Errorf("bare QEMU: %w", err)
+	begin := time.Now()
+	if err = p.freeze(ctx); err != nil {
+		return f, fmt.Errorf("bare %s: %w", b.name(), err)
 	}
 	return frozen{freeze: time.Since(begin)}, nil
 }
@@ -150,107 +195,40 @@ func (b *bare) close(ctx context.Context) error {
 	return b.parked.end(ctx)
 }
 
-// boot starts a machine and waits for its agent.
-func (b *bare) boot(ctx context.Context, l line) (_ *process, err error) {
-	p, err := b.launch(ctx, l, "")
-	if err != nil {
-		return nil, err
-	}
-	return p, p.meet(ctx)
-}
-
-// restore starts a fork, loads its device state and waits for its agent.
-func (b *bare) restore(ctx context.Context) (_ *process, err error) {
-	p, err := b.launch(ctx, b.lines.fork, b.snap.DevicePath())
-	if err != nil {
-		return nil, err
-	}
-	var u undo.Stack
-	defer func() { err = u.Run(err) }()
-	u.Add(func() error { return p.end(ctx) })
-	if p.qmp, err = dialQMP(ctx, filepath.Join(p.dir, qmpSocket)); err != nil {
-		return nil, p.explain(err)
-	}
-	if err = p.qmp.migrate(ctx, "migrate-incoming", fmt.Sprintf("fd:%d", b.lines.fork.device)); err != nil {
-		return nil, p.explain(err)
-	}
-	if err = p.qmp.do(ctx, "cont", nil, nil); err != nil {
-		return nil, p.explain(err)
-	}
-	u.Release() // meet has its own
-	return p, p.meet(ctx)
-}
-
-// process is one bare QEMU.
+// process is one machine that is held by hand.
 type process struct {
+	grip
 	dir    string
 	cmd    *exec.Cmd
-	qmp    *qmp
+	gone   chan struct{} // closed when the monitor has ended
 	client *guest.Client
 	once   sync.Once
 }
 
-// launch starts QEMU with the descriptors that its command line names.
-func (b *bare) launch(ctx context.Context, l line, device string) (_ *process, err error) {
-	var u undo.Stack
-	defer func() { err = u.Run(err) }()
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	dir, err := b.dirs.make()
+// logFile is what a monitor says, in a machine's directory.
+const logFile = "log"
+
+// spawn starts a monitor with a directory of its own, which it has from then on.
+// The grip is for the caller to add. Its output is dropped, which may be the
+// guest's; its errors are kept.
+func spawn(dir string, cmd *exec.Cmd) (_ *process, err error) {
+	out, err := os.OpenFile(filepath.Join(dir, logFile), os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	u.Add(func() error { return os.RemoveAll(dir) })
-	var opened []*os.File
-	defer func() {
-		for _, f := range opened {
-			_ = f.Close() // the child has its own copy
-		}
-	}()
-	open := func(f *os.File, openErr error) *os.File {
-		if openErr == nil {
-			opened = append(opened, f)
-		}
-		err = errors.Join(err, openErr)
-		return f
-	}
-	qmp := open(listen(filepath.Join(dir, qmpSocket)))
-	agent := open(listen(filepath.Join(dir, agentSocket)))
-	out := open(os.OpenFile(filepath.Join(dir, logFile), os.O_CREATE|os.O_WRONLY, 0o600))
-	var state *os.File
-	if device != "" {
-		state = open(os.Open(device))
-	}
-	if err != nil {
-		return nil, err
-	}
-	memory := ""
-	if l.memory != "" && device == "" {
-		memory = filepath.Join(dir, ramFile)
-	}
-	argv := l.named("tine-bench-floor", memory)
-	// Its end is process.end's business, not that of ctx.
-	cmd := exec.CommandContext(context.WithoutCancel(ctx), argv[0], argv[1:]...)
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.ExtraFiles = l.files(agent, qmp, state, b.tap)
+	defer func() { _ = out.Close() }() // the child has its own copy
+	cmd.Stderr = out
 	cmd.Env = []string{"PATH=" + os.DevNull, "LC_ALL=C"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	if err = cmd.Start(); err != nil {
 		return nil, err
 	}
-	return &process{dir: dir, cmd: cmd}, nil
-}
-
-// listen makes a listening socket to hand down.
-func listen(path string) (*os.File, error) {
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	ln.SetUnlinkOnClose(false)
-	f, err := ln.File()
-	return f, errors.Join(err, ln.Close())
+	p := &process{dir: dir, cmd: cmd, gone: make(chan struct{})}
+	go func() {
+		defer close(p.gone)
+		_ = cmd.Wait() // how it ends does not matter
+	}()
+	return p, nil
 }
 
 // meet waits for the agent and gives the guest an identity. When it fails the
@@ -259,32 +237,15 @@ func (p *process) meet(ctx context.Context) (err error) {
 	var u undo.Stack
 	defer func() { err = u.Run(err) }()
 	u.Add(func() error { return p.end(ctx) })
-	var d net.Dialer
-	conn, err := d.DialContext(ctx, "unix", filepath.Join(p.dir, agentSocket))
+	stream, err := p.dial(ctx)
 	if err != nil {
 		return p.explain(err)
 	}
-	p.client, err = guest.DialIdentity(ctx, conn, guest.NewIdentity("floor", "floor"))
+	p.client, err = guest.DialIdentity(ctx, stream, guest.NewIdentity("floor", "floor"))
 	return p.explain(err)
 }
 
-// save pauses the machine and writes its device state.
-func (p *process) save(ctx context.Context) (err error) {
-	if err = p.qmp.do(ctx, "stop", nil, nil); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(filepath.Join(p.dir, deviceFile), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if err = p.qmp.give(ctx, f); err != nil {
-		return err
-	}
-	return p.qmp.migrate(ctx, "migrate", "fd:device")
-}
-
-// explain adds the last line that QEMU wrote.
+// explain adds the last line that the monitor wrote.
 func (p *process) explain(err error) error {
 	if err == nil {
 		return nil
@@ -293,7 +254,7 @@ func (p *process) explain(err error) error {
 	if openErr != nil {
 		return err
 	}
-	defer func() { _ = f.Close() }()
+	defer func() { _ = f.Close() }() // only read
 	text, _ := io.ReadAll(io.LimitReader(f, 64<<10))
 	if text = bytes.TrimSpace(text); len(text) == 0 {
 		return err
@@ -307,18 +268,18 @@ func (p *process) with(ctx context.Context, ask func(context.Context, *guest.Cli
 
 func (p *process) memory() (private, shared int64, err error) { return memoryOf(p.cmd.Process.Pid) }
 
-// end kills QEMU and waits for its end, which nothing but a disk that hangs can
-// put off.
+// end kills the monitor and waits for its end, which nothing but a disk that hangs
+// can put off.
 func (p *process) end(context.Context) (err error) {
 	p.once.Do(func() {
+		_ = p.cmd.Process.Kill() // it fails only when it has ended
+		<-p.gone
 		if p.client != nil {
 			_ = p.client.Close() // never fails
 		}
-		if p.qmp != nil {
-			_ = p.qmp.conn.Close() // QEMU is about to vanish anyway
+		if p.grip != nil {
+			p.release()
 		}
-		_ = p.cmd.Process.Kill() // it fails only when QEMU has ended
-		_ = p.cmd.Wait()         // and how does not matter
 		err = os.RemoveAll(p.dir)
 	})
 	return err

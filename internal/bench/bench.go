@@ -1,6 +1,6 @@
 // Package bench measures what Tine costs beside what it is made of: boots,
 // forks, round trips, memory and snapshots, each by turns through Tine and with
-// bare QEMU driven by hand, which is the floor.
+// the bare monitor driven by hand, which is the floor.
 //
 // Two end points are kept apart: the first answer (a ping, or an eval in the
 // warm interpreter) and the first exec (/bin/true spawned in the guest). Every
@@ -16,7 +16,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"time"
 
 	"github.com/tinevm/tine/internal/daemon"
@@ -35,7 +34,7 @@ type Options struct {
 	// Rounds is how often a fork is measured. What takes seconds is measured a
 	// third as often.
 	Rounds int
-	// Floor measures bare QEMU too.
+	// Floor measures the bare monitor too.
 	Floor bool
 	// Branch measures branches and nothing else: in guests of Memory MiB of
 	// which Dirty MiB are written, and forks of trees so many branches deep.
@@ -93,7 +92,7 @@ func Run(ctx context.Context, d *daemon.Daemon, opts Options) error {
 	if err != nil {
 		return fmt.Errorf("bench: %w", err)
 	}
-	return res.write(opts.Out, opts.JSON)
+	return res.Write(opts.Out, opts.JSON)
 }
 
 // Measure is Run without the writing.
@@ -137,26 +136,30 @@ func Measure(ctx context.Context, d *daemon.Daemon, opts Options) (_ *Result, er
 		return nil, err
 	}
 	s.result.judge()
+	s.result.NotMeasured = missing(sub)
 	return s.result, nil
+}
+
+// missing says what there is nothing to measure of with the subject's engine.
+func missing(s *subject) []string {
+	engine := s.d.Sandboxes.Engine
+	if engine.Caps().Deterministic {
+		return nil
+	}
+	return []string{"deterministic runs: " + engine.Name() + " has no deterministic machines; qemu-tcg does"}
 }
 
 // bare makes the floor, or says why there is none.
 func (s *suite) bare(ctx context.Context, t *tine) (_ *bare, reason string, err error) {
-	switch engine := t.d.Sandboxes.Engine.Name(); {
-	case !s.opts.Floor:
+	if !s.opts.Floor {
 		return nil, "not asked for", nil
-	case !strings.HasPrefix(engine, "qemu-"):
-		return nil, "there is no harness for " + engine, nil
 	}
-	progress.Report(ctx, step, "reading QEMU's command lines")
-	known, err := learn(ctx, t)
-	if errors.Is(err, errLine) {
-		return nil, err.Error(), nil
+	progress.Report(ctx, step, "looking at how machines are started")
+	m, reason, err := learn(ctx, t)
+	if m == nil || err != nil {
+		return nil, reason, err
 	}
-	if err != nil {
-		return nil, "", err
-	}
-	return &bare{subject: t.subject, dirs: t.dirs, lines: known}, "", nil
+	return &bare{subject: t.subject, monitor: m}, "", nil
 }
 
 // subject is what both sides measure: one snapshot and its image.

@@ -161,7 +161,10 @@ func (g *grove) grow(ctx context.Context, memory int) (err error) {
 			return err
 		}
 	}
-	return g.depths(ctx, p)
+	if err = g.depths(ctx, p); err != nil {
+		return err
+	}
+	return g.ways(ctx, p, few)
 }
 
 // add adds a row: samples of Tine, and of the floor if there are any.

@@ -6,23 +6,27 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/tinevm/tine/internal/vmm"
 )
 
 // ideal is the floor of branches: what a machine must wait for at least, and
-// what a snapshot must at least do. It has a machine of the same shape, which
-// is paused, to have its state saved as often as one likes.
+// what a snapshot must at least do.
 type ideal struct {
-	dir  string
-	vm   vmm.VM
-	bulk []byte // what is copied and written: bytes that do not compress
+	dir   string
+	still still
+	bulk  []byte // what is copied and written: bytes that do not compress
+}
+
+// still is a machine of the same shape as those that are branched. It stands still
+// but for being saved, as often as one likes.
+type still interface {
+	// save is how long it takes to have the state of its devices saved.
+	save(ctx context.Context) (time.Duration, error)
+	close(ctx context.Context) error
 }
 
 // newIdeal raises a machine from the plot's template and pauses it.
@@ -36,22 +40,16 @@ func newIdeal(ctx context.Context, p *plot) (_ *ideal, err error) {
 	if f.dir, err = p.dirs.make(); err != nil {
 		return nil, err
 	}
-	f.vm, err = p.d.Sandboxes.Engine.Restore(ctx, vmm.RestoreSpec{
-		Common: vmm.Common{ID: "bench", Dir: f.dir, Machine: p.snap.Manifest.Machine, Root: p.img.RootPath(), DieWithParent: true},
-		Memory: p.snap.MemoryPath(), Device: p.snap.DevicePath(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	return f, f.vm.Pause(ctx)
+	f.still, err = newStill(ctx, p)
+	return f, err
 }
 
 func (f *ideal) close(ctx context.Context) error {
 	ctx, cancel := late(ctx)
 	defer cancel()
 	var errs []error
-	if f.vm != nil {
-		errs = append(errs, f.vm.Kill(ctx))
+	if f.still != nil {
+		errs = append(errs, f.still.close(ctx))
 	}
 	if f.dir != "" {
 		errs = append(errs, os.RemoveAll(f.dir))
@@ -59,14 +57,8 @@ func (f *ideal) close(ctx context.Context) error {
 	return errors.Join(append(errs, unmap(f.bulk))...)
 }
 
-// save is how long the engine takes to write its own state.
-func (f *ideal) save(ctx context.Context) (time.Duration, error) {
-	path := filepath.Join(f.dir, deviceFile)
-	begin := time.Now()
-	err := f.vm.SaveDevice(ctx, path)
-	took := time.Since(begin)
-	return took, errors.Join(err, removeIfExists(path))
-}
+// save is how long the monitor takes to write its own state.
+func (f *ideal) save(ctx context.Context) (time.Duration, error) { return f.still.save(ctx) }
 
 // have sees to it that there are n bytes to copy and to write.
 func (f *ideal) have(n int64) (err error) {

@@ -26,6 +26,7 @@ const (
 	stepWait     = "longest wait of a client"
 	stepTotal    = "until it is ready"
 	stepStored   = "size on disk"
+	stepMemory   = "memory written"
 	stepRollback = "rollback"
 	stepSuspend  = "suspend"
 	stepResume   = "resume"

@@ -51,6 +51,10 @@ type runs struct {
 
 // measureRuns is Measure for deterministic runs.
 func measureRuns(ctx context.Context, sub *subject, opts Options) (_ *Result, err error) {
+	if engine := sub.d.Sandboxes.Engine; !engine.Caps().Deterministic {
+		err = fmt.Errorf("%w: measure deterministic runs: %s has no deterministic machines", errdef.ErrUnsupported, engine.Name())
+		return nil, errdef.WithHint(err, "use --engine qemu-tcg for it")
+	}
 	twin, err := sub.d.Runner.Twin(ctx, sub.ref)
 	if err != nil {
 		return nil, err

@@ -155,7 +155,7 @@ func TestIsolationGoldenFiles(t *testing.T) {
 	t.Parallel()
 	for name, asJSON := range map[string]bool{"isolation.txt": false, "isolation.json": true} {
 		var out bytes.Buffer
-		if err := sampleIsolation(t).write(&out, asJSON); err != nil {
+		if err := sampleIsolation(t).Write(&out, asJSON); err != nil {
 			t.Fatal(err)
 		}
 		if asJSON {

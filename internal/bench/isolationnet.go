@@ -400,8 +400,8 @@ func (n *wires) bareEnd(ctx context.Context) (_ guestEnd, remove func() error, e
 	if err != nil {
 		return guestEnd{}, nil, err
 	}
-	b := &bare{subject: n.card, dirs: n.dirs, lines: lines{fork: l}, tap: tap.tap}
-	p, err := b.restore(ctx)
+	b := &bare{subject: n.card, monitor: &bareQEMU{dirs: n.dirs, device: n.card.snap.DevicePath(), lines: lines{fork: l}, tap: tap.tap}}
+	p, err := b.raised(ctx, b.restore)
 	if err != nil {
 		return guestEnd{}, nil, fmt.Errorf("bare QEMU: %w", err)
 	}

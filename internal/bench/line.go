@@ -19,8 +19,8 @@ import (
 // streams.
 const firstFD = 3
 
-// errLine: QEMU's command line is not one that the harness knows to repeat.
-var errLine = errors.New("cannot repeat QEMU's command line")
+// errLine: QEMU's command line is not one that a hand knows to repeat.
+var errLine = fmt.Errorf("%w: QEMU's command line", errStrange)
 
 // line is a command line of QEMU's, taken from one that ran, with what it says
 // of the descriptors that come with it.
@@ -37,9 +37,17 @@ type line struct {
 // of a template.
 type lines struct{ fork, boot, template line }
 
-// learn starts one machine of each kind through Tine and reads its command
+// learnQEMU starts one machine of each kind through Tine and reads its command
 // line.
-func learn(ctx context.Context, t *tine) (l lines, err error) {
+func learnQEMU(ctx context.Context, t *tine) (_ monitor, err error) {
+	l, err := learnLines(ctx, t)
+	if err != nil {
+		return nil, err
+	}
+	return &bareQEMU{dirs: t.dirs, device: t.snap.DevicePath(), lines: l}, nil
+}
+
+func learnLines(ctx context.Context, t *tine) (l lines, err error) {
 	if l.fork, err = learnFork(ctx, t); err != nil {
 		return l, err
 	}
@@ -89,27 +97,35 @@ func learnStart(ctx context.Context, t *tine, memory string) (l line, err error)
 // maxArgs bounds what is read of a command line: ARG_MAX is 2 MiB.
 const maxArgs = 2 << 20
 
-// lineOf reads the command line of a process. One that has only just been
+func lineOf(ctx context.Context, pid int) (line, error) {
+	argv, err := argsOf(ctx, pid)
+	if err != nil {
+		return line{}, err
+	}
+	return parseLine(argv)
+}
+
+// argsOf reads the command line of a process. One that has only just been
 // started shows none for a moment: exec closes descriptors, which is how its
 // parent learns of it, before it has put the arguments in place.
-func lineOf(ctx context.Context, pid int) (line, error) {
+func argsOf(ctx context.Context, pid int) ([]string, error) {
 	// One that has died shows none for ever.
-	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, fmt.Errorf("%w: process %d shows none", errLine, pid))
+	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, fmt.Errorf("%w: process %d shows no command line", errStrange, pid))
 	defer cancel()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
 	for {
 		data, err := readArgs(pid)
 		if err != nil {
-			return line{}, fmt.Errorf("read command line of process %d: %w", pid, err)
+			return nil, fmt.Errorf("read command line of process %d: %w", pid, err)
 		}
 		if len(data) > 0 {
-			return parseLine(splitArgs(data))
+			return splitArgs(data), nil
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return line{}, context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
 }

@@ -22,7 +22,8 @@ import (
 type plot struct {
 	*subject // of the template
 	dirs     *dirs
-	memory   int // MiB
+	memory   int              // MiB
+	hand     *bareFirecracker // nil: machines are saved by the engine
 	floor    *ideal
 	u        undo.Stack
 }
@@ -46,6 +47,9 @@ func newPlot(ctx context.Context, from *subject, d *dirs, memory int) (_ *plot, 
 		return nil, err
 	}
 	p.u.Add(func() error { return p.remove(ctx, p.ref) })
+	if p.hand, err = newHand(ctx, p); err != nil {
+		return nil, err
+	}
 	if p.floor, err = newIdeal(ctx, p); err == nil {
 		p.u.Add(func() error { return p.floor.close(ctx) })
 	}
@@ -108,12 +112,14 @@ func (p *plot) dirtied(f *forked) (n int64, err error) {
 
 // scribble has a guest write a file of so many MiB that lies in its memory.
 func scribble(ctx context.Context, f *forked, name string, mib int) error {
-	return f.with(ctx, func(ctx context.Context, c *guest.Client) error {
-		command := fmt.Sprintf("head -c %dM /dev/urandom > /dev/shm/%s", mib, name)
-		r, err := c.Run(ctx, guest.ExecSpec{Argv: []string{"/bin/sh", "-c", command}}, nil, maxLine)
-		if err == nil && r.Exit.Code != 0 {
-			err = fmt.Errorf("%w: %s: status %d: %s", errdef.ErrUnavailable, command, r.Exit.Code, r.Stderr)
-		}
-		return err
-	})
+	return f.with(ctx, func(ctx context.Context, c *guest.Client) error { return scribbleBy(ctx, c, name, mib) })
+}
+
+func scribbleBy(ctx context.Context, c *guest.Client, name string, mib int) error {
+	command := fmt.Sprintf("head -c %dM /dev/urandom > /dev/shm/%s", mib, name)
+	r, err := c.Run(ctx, guest.ExecSpec{Argv: []string{"/bin/sh", "-c", command}}, nil, maxLine)
+	if err == nil && r.Exit.Code != 0 {
+		err = fmt.Errorf("%w: %s: status %d: %s", errdef.ErrUnavailable, command, r.Exit.Code, r.Stderr)
+	}
+	return err
 }

@@ -42,9 +42,11 @@ type Result struct {
 	CPUs          int         `json:"cpus"` // of the host
 	Rounds        int         `json:"rounds"`
 	// NoFloor is why nothing has a floor; empty when there is one.
-	NoFloor  string     `json:"no_floor,omitempty"`
-	Rows     []Row      `json:"rows"`
-	Parallel []Parallel `json:"parallel"`
+	NoFloor string `json:"no_floor,omitempty"`
+	// NotMeasured is what the engine has not, and why there is nothing about it.
+	NotMeasured []string   `json:"not_measured,omitempty"`
+	Rows        []Row      `json:"rows"`
+	Parallel    []Parallel `json:"parallel"`
 	// Branches is all that there is when branches were measured.
 	Branches []BranchRow `json:"branches,omitempty"`
 	// Isolation is all that there is when isolation was measured.

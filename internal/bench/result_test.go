@@ -96,7 +96,7 @@ func TestJSON(t *testing.T) {
 func golden(t *testing.T, name string, r *Result, asJSON bool) {
 	t.Helper()
 	var out bytes.Buffer
-	if err := r.write(&out, asJSON); err != nil {
+	if err := r.Write(&out, asJSON); err != nil {
 		t.Fatal(err)
 	}
 	if asJSON {

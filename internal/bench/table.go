@@ -8,8 +8,8 @@ import (
 	"text/tabwriter"
 )
 
-// write writes the result for people, or as one JSON object.
-func (r *Result) write(w io.Writer, asJSON bool) error {
+// Write writes the result for people, or as one JSON object.
+func (r *Result) Write(w io.Writer, asJSON bool) error {
 	if asJSON {
 		return json.NewEncoder(w).Encode(r)
 	}
@@ -67,6 +67,9 @@ func (r *Result) writeEnd(w io.Writer) error {
 	if r.NoFloor != "" {
 		fmt.Fprintf(&text, "floor n/a: %s\n", r.NoFloor)
 	}
+	for _, what := range r.NotMeasured {
+		fmt.Fprintf(&text, "not measured: %s\n", what)
+	}
 	text.WriteString(r.warnings())
 	text.WriteString(r.remarks())
 	for _, p := range r.Parallel {
@@ -111,7 +114,7 @@ const notAvailable = "n/a"
 
 // cells are three cells: median, min and p95.
 func (s *Summary) cells() string {
-	if s == nil {
+	if s == nil || s.Samples == 0 {
 		return notAvailable + "\t\t"
 	}
 	return number(s.Median) + "\t" + number(s.Min) + "\t" + number(s.P95)

@@ -115,9 +115,9 @@ func (s suite) plan(t *testing.T, program string) plan {
 	t.Helper()
 	p := plan{
 		Nonce: nonce(t), Program: filepath.Join("/tests", filepath.Base(program)), Dir: filepath.Join(repository, s.pkg),
-		Tests: s.short, Parts: s.shortParts, Env: s.env(), Seconds: 900,
+		Tests: s.short, Parts: s.shortParts, Env: s.env(), Seconds: cmp.Or(s.seconds, 900),
 	}
-	if !testing.Short() || s.short == nil {
+	if !testing.Short() {
 		p.Tests, p.Parts = s.all(t, program), ""
 	}
 	if len(p.Tests) == 0 {
@@ -131,6 +131,9 @@ func (s suite) env() []string {
 	env := []string{"TINE_TEST_ENGINE=" + s.engine}
 	for name, path := range s.monitors() {
 		env = append(env, name+"="+path, "TINE_"+name+"="+path) // for tests, and for tine
+	}
+	if rounds := os.Getenv(benchRounds); rounds != "" {
+		env = append(env, benchRounds+"="+rounds)
 	}
 	return env
 }
