@@ -57,9 +57,12 @@ func chosen(t *testing.T) (suites []suite, missing []string) {
 		{engine: qemuKVM, pkg: "cmd/tine", only: program},
 		{engine: qemuKVM, pkg: "internal/engines", only: []string{"TestProbeKVM", "TestChooseHere"}, short: []string{"TestChooseHere"}},
 	}
-	if os.Getenv("FIRECRACKER") == "" {
+	switch {
+	case os.Getenv("FIRECRACKER") == "":
 		missing = append(missing, "NOT RUN: firecracker: FIRECRACKER is not set")
-	} else {
+	case testing.Short():
+		missing = append(missing, "NOT RUN: firecracker: the short form leaves it out")
+	default:
 		suites = append(suites,
 			suite{engine: firecracker, pkg: "internal/vmm/firecracker", seconds: 1500},
 			suite{engine: firecracker, pkg: "cmd/tine", only: program},
