@@ -8,64 +8,30 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tinevm/tine/internal/bench"
 	"github.com/tinevm/tine/internal/daemon"
-	"github.com/tinevm/tine/internal/sandbox"
+	"github.com/tinevm/tine/internal/progress"
 	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
-// firecrackerTag is a snapshot that is there for one test.
-const firecrackerTag = "bench-subject"
-
-// openFirecracker opens a daemon on Firecracker, with a snapshot. Where there is
-// no Firecracker or no KVM nothing is tested, and the test says so.
+// openFirecracker opens a daemon on Firecracker. Where there is none, or no KVM,
+// nothing is tested, and the test says so.
 func openFirecracker(t *testing.T) *daemon.Daemon {
 	t.Helper()
-	binary := os.Getenv("FIRECRACKER")
-	if binary == "" {
-		t.Skip("NOT TESTED: FIRECRACKER does not name a Firecracker; make test-kvm FIRECRACKER=/path runs this where there is no KVM")
+	const how = "make test-kvm FIRECRACKER=/path TINE_BENCH_ROUNDS=1 runs this, also where there is no KVM"
+	if name, _ := vmtest.NamedEngine(); name != firecracker.Name || os.Getenv("FIRECRACKER") == "" {
+		t.Skipf("NOT TESTED: TINE_TEST_ENGINE is not firecracker, or FIRECRACKER does not name one; %s", how)
 	}
 	kvm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
-		t.Skipf("NOT TESTED: %v; make test-kvm FIRECRACKER=/path runs this where there is no KVM", err)
+		t.Skipf("NOT TESTED: %v; %s", err, how)
 	}
 	_ = kvm.Close() // only looked for
-	engine, err := firecracker.New(t.Context(), firecracker.Config{Binary: binary, Jail: vmtest.Jail(t)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if closeErr := engine.Close(); closeErr != nil {
-			t.Error(closeErr)
-		}
-	})
-	img := vmtest.Image(t)
-	d, err := daemon.Open(t.Context(), daemon.Config{
-		StateDir: vmtest.StateDir(t), Engine: engine, Agent: vmtest.Program(t, "tine-agent"), Ephemeral: true,
-		Twin: []string{vmtest.Program(t, "tine"), "role", "twin"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if closeErr := d.Close(context.Background()); closeErr != nil { //nolint:usetesting // t.Context has ended
-			t.Error(closeErr)
-		}
-	})
-	_, err = d.Sandboxes.CreateSnapshot(t.Context(), sandbox.SnapshotRequest{
-		Tag: firecrackerTag, Image: img.Digest, Imports: vmtest.Imports(), Replace: true,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if removeErr := d.Snapshots.Remove(context.Background(), firecrackerTag); removeErr != nil { //nolint:usetesting // t.Context has ended
-			t.Error(removeErr)
-		}
-		checkClean(t, d)
-	})
+	d := open(t)
+	t.Cleanup(func() { checkClean(t, d) })
 	return d
 }
 
@@ -91,6 +57,15 @@ func forks(n int) []int {
 	return []int{2}
 }
 
+// told is the test's context, which says what is being measured: it can take long.
+func told(t *testing.T) context.Context {
+	t.Helper()
+	begin := time.Now()
+	return progress.With(t.Context(), func(e progress.Event) {
+		t.Logf("%4.0f s: %s %d of %d", time.Since(begin).Seconds(), e.Message, e.Done, e.Total)
+	})
+}
+
 // show prints the tables.
 func show(t *testing.T, res *bench.Result) {
 	t.Helper()
@@ -103,7 +78,7 @@ func show(t *testing.T, res *bench.Result) {
 
 func TestBenchFirecracker(t *testing.T) {
 	d, n := openFirecracker(t), rounds(t)
-	res, err := bench.Measure(t.Context(), d, bench.Options{Snapshot: firecrackerTag, Forks: forks(n), Rounds: n, Floor: true})
+	res, err := bench.Measure(told(t), d, bench.Options{Snapshot: vmtest.SnapshotTag, Forks: forks(n), Rounds: n, Floor: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +87,7 @@ func TestBenchFirecracker(t *testing.T) {
 	if len(res.NotMeasured) == 0 {
 		t.Error("it does not say that deterministic runs are not measured")
 	}
-	_, err = bench.Measure(t.Context(), d, bench.Options{Snapshot: firecrackerTag, Rounds: n, Deterministic: true})
+	_, err = bench.Measure(t.Context(), d, bench.Options{Snapshot: vmtest.SnapshotTag, Rounds: n, Deterministic: true})
 	if err == nil || !strings.Contains(err.Error(), "no deterministic machines") {
 		t.Errorf("deterministic runs: %v", err)
 	}
@@ -122,8 +97,8 @@ func TestBenchFirecracker(t *testing.T) {
 // they get, and the ways to save them.
 func TestBenchFirecrackerBranches(t *testing.T) {
 	d, n := openFirecracker(t), rounds(t)
-	res, err := bench.Measure(t.Context(), d, bench.Options{
-		Snapshot: firecrackerTag, Rounds: n, Branch: true, Memory: []int{256}, Dirty: []int{0, 20}, Depths: []int{0},
+	res, err := bench.Measure(told(t), d, bench.Options{
+		Snapshot: vmtest.SnapshotTag, Rounds: n, Branch: true, Memory: []int{256}, Dirty: []int{0, 20}, Depths: []int{0},
 	})
 	if err != nil {
 		t.Fatal(err)
