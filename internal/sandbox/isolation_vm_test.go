@@ -29,6 +29,7 @@ import (
 	"github.com/tinevm/tine/internal/network"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
@@ -77,7 +78,8 @@ func TestJailed(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			if !slices.Contains([]string{"etc", "lib", "lib64", "usr"}, e.Name()) {
+			own := "run" == e.Name() && l.Engine.Name() == firecracker.Name
+			if !own && !slices.Contains([]string{"etc", "lib", "lib64", "usr"}, e.Name()) {
 				t.Errorf("its monitor sees /%s", e.Name())
 			}
 		}

@@ -373,7 +373,7 @@ func TestVMDeaths(t *testing.T) {
 		t.Fatal(err)
 	}
 	if why := l.dead(t, ids[0]); !strings.Contains(why, "killed") {
-		t.Errorf("QEMU was killed, and the reason is %q", why)
+		t.Errorf("the monitor was killed, and the reason is %q", why)
 	}
 	for i, line := range []string{
 		"echo b > /proc/sysrq-trigger", // restarts
