@@ -159,7 +159,7 @@ var testsMayImport = map[string][]string{
 	"internal/kvmtest":       {"internal/image", "internal/jail"},
 	"internal/sandbox":       {"internal/network", "internal/vmm/firecracker", "internal/vmm/qemu"},
 
-	"internal/vmm/firecracker": {"internal/image"},
+	"internal/vmm/firecracker": {"internal/guest", "internal/image"},
 	"internal/vmm/qemu":        {"internal/guest", "internal/image", "internal/linux"},
 	"internal/workspace":       {"internal/guest", "internal/snapshot"},
 }
