@@ -134,7 +134,7 @@ func TestQuotas(t *testing.T) {
 		t.Error(err)
 	}
 	usage, err := l.Usage(slow)
-	if err != nil || usage.Throttled == 0 || usage.PrivateBytes < 10<<20 || usage.PIDs == 0 {
+	if err != nil || usage.Throttled == 0 || usage.PrivateBytes < 4<<20 || usage.PIDs == 0 {
 		t.Errorf("%+v, %v", usage, err)
 	}
 	if res, err := l.run(within(t, time.Minute), good, guest.ExecSpec{Argv: []string{"echo", "fine"}}); err != nil || string(res.Stdout) != "fine\n" {
