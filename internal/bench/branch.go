@@ -143,28 +143,37 @@ func measureBranches(ctx context.Context, sub *subject, opts Options) (_ *Result
 	return g.result, nil
 }
 
-// grow measures everything in guests of one size.
+// grow measures everything in guests of one size. A part that fails becomes a row
+// that says why, unless ctx has ended: the others may take long, and are good.
 func (g *grove) grow(ctx context.Context, memory int) (err error) {
 	p, err := newPlot(ctx, g.sub, g.dirs, memory)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.close()) }()
-	for _, l := range loads(memory, g.opts.Dirty) {
-		if err = g.pauses(ctx, p, l); err != nil {
-			return fmt.Errorf("branch a guest, %s: %w", l, err)
-		}
-	}
 	few := fewMiB(memory, g.opts.Dirty)
-	for _, work := range []func(context.Context, *plot, int) error{g.consecutive, g.rollbacks, g.suspends} {
-		if err = work(ctx, p, few); err != nil {
-			return err
+	try := func(name string, part func() error) {
+		if err != nil {
+			return
+		}
+		switch failed := part(); {
+		case failed != nil && ctx.Err() != nil:
+			err = fmt.Errorf("%s: %w", name, failed)
+		case failed != nil:
+			g.result.Branches = append(g.result.Branches, BranchRow{
+				MemoryMiB: memory, Case: name, Row: Row{Step: "failed", Unit: none}, Warning: name + ": " + failed.Error(),
+			})
 		}
 	}
-	if err = g.depths(ctx, p); err != nil {
-		return err
+	try("ways to save device state", func() error { return g.ways(ctx, p, few) })
+	for _, l := range loads(memory, g.opts.Dirty) {
+		try("branch a guest, "+l.String(), func() error { return g.pauses(ctx, p, l) })
 	}
-	return g.ways(ctx, p, few)
+	try("branches in a row", func() error { return g.consecutive(ctx, p, few) })
+	try("rollback", func() error { return g.rollbacks(ctx, p, few) })
+	try("suspend and resume", func() error { return g.suspends(ctx, p, few) })
+	try("deep trees", func() error { return g.depths(ctx, p) })
+	return err
 }
 
 // add adds a row: samples of Tine, and of the floor if there are any.
