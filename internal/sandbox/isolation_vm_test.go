@@ -78,7 +78,7 @@ func TestJailed(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			own := "run" == e.Name() && l.Engine.Name() == firecracker.Name
+			own := e.Name() == "run" && l.Engine.Name() == firecracker.Name
 			if !own && !slices.Contains([]string{"etc", "lib", "lib64", "usr"}, e.Name()) {
 				t.Errorf("its monitor sees /%s", e.Name())
 			}
