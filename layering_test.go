@@ -157,9 +157,9 @@ var testsMayImport = map[string][]string{
 	"internal/deterministic": {"internal/agent", "internal/guest", "internal/sandbox"},
 	"internal/guest":         {"internal/agent"},
 	"internal/kvmtest":       {"internal/image", "internal/jail"},
-	"internal/sandbox":       {"internal/network", "internal/vmm/qemu"},
+	"internal/sandbox":       {"internal/network", "internal/vmm/firecracker", "internal/vmm/qemu"},
 
-	"internal/vmm/firecracker": {"internal/image"},
+	"internal/vmm/firecracker": {"internal/guest", "internal/image"},
 	"internal/vmm/qemu":        {"internal/guest", "internal/image", "internal/linux"},
 	"internal/workspace":       {"internal/guest", "internal/snapshot"},
 }

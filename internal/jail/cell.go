@@ -276,6 +276,10 @@ type Job struct {
 	// error fails that opening and all later ones, and is what Process.Started
 	// returns. The context ends when Started is called.
 	Before map[string]func(context.Context) error
+	// Copies are files whose content is to be in RunDir, under these names, before the
+	// program starts. They are read from where they stand, are the caller's, and may
+	// be closed when Start returns. Only with Config.OwnFiles.
+	Copies map[string]*os.File
 	// Limits are those of its control group; zero fields are no limits.
 	Limits cgroup.Limits
 	// FileBytes is how long the program may make any file.
@@ -314,6 +318,11 @@ func (c *Cell) send(spec Job) error {
 	if c.uid != nil {
 		all = append(all, c.uid.lock) // it is held for as long as the program lives
 	}
+	count := len(all)
+	var copies []string
+	for name, f := range spec.Copies {
+		copies, all = append(copies, name), append(all, f)
+	}
 	fds := make([]int, len(all))
 	for i, f := range all {
 		fds[i] = int(f.Fd())
@@ -321,7 +330,7 @@ func (c *Cell) send(spec Job) error {
 	program := c.jail.cfg.Program
 	j := job{
 		Path: program, Args: append([]string{program}, spec.Args...), Env: spec.Env,
-		Files: len(all), FileBytes: uint64(spec.FileBytes), DieWithParent: spec.DieWithParent, Landlock: c.jail.level.Landlock,
+		Files: count, Copies: copies, FileBytes: uint64(spec.FileBytes), DieWithParent: spec.DieWithParent, Landlock: c.jail.level.Landlock,
 	}
 	return sendMessage(int(c.socket.Fd()), j, fds...)
 }

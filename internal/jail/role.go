@@ -119,8 +119,14 @@ func growTable() error {
 // become leaves all behind that the program must not have, and is the program.
 // It returns only when that failed.
 func become(s setup, j job, fds []int) error {
-	if len(fds) != j.Files || j.Files < 1 {
-		return fmt.Errorf("%w: job of %d files came with %d", errdef.ErrInvalid, j.Files, len(fds))
+	if len(fds) != j.Files+len(j.Copies) || j.Files < 1 {
+		return fmt.Errorf("%w: job of %d files and %d to copy came with %d", errdef.ErrInvalid, j.Files, len(j.Copies), len(fds))
+	}
+	fds, copies := fds[:j.Files], fds[j.Files:]
+	for i, name := range j.Copies {
+		if err := copyIntoRun(name, copies[i]); err != nil {
+			return fmt.Errorf("copy %s: %w", name, err)
+		}
 	}
 	if err := limit(j); err != nil {
 		return fmt.Errorf("limit resources: %w", err)

@@ -1,9 +1,15 @@
 package jail
 
 import (
+	"errors"
 	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tinevm/tine/internal/errdef"
 )
 
 // RunDir is the directory of a program with files of its own (Config.OwnFiles),
@@ -35,4 +41,27 @@ func mountRun(user int) error {
 		return fmt.Errorf("mount %s: %w", RunDir, err)
 	}
 	return unix.Chdir(RunDir)
+}
+
+// copyIntoRun makes a file in RunDir of what is in another, for the program to
+// read. Whoever does so may be another user than the program will be.
+func copyIntoRun(name string, from int) (err error) {
+	if name != filepath.Base(name) || name == "." || name == ".." {
+		return fmt.Errorf("%w: file name %q", errdef.ErrInvalid, name)
+	}
+	to, err := os.OpenFile(filepath.Join(RunDir, name), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, to.Close()) }()
+	fd, err := unix.FcntlInt(uintptr(from), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	src := os.NewFile(uintptr(fd), name)
+	defer func() { _ = src.Close() }() // only read
+	if _, err = io.Copy(to, io.LimitReader(src, runBytes)); err != nil {
+		return err
+	}
+	return to.Chmod(0o444)
 }

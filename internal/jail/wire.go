@@ -48,10 +48,12 @@ type job struct {
 	Args []string `json:"args"` // with the program's name in front
 	Env  []string `json:"env"`
 	// Files: how many descriptors come along, output first.
-	Files         int    `json:"files"`
-	FileBytes     uint64 `json:"file_bytes"` // of a file, at most
-	DieWithParent bool   `json:"die_with_parent,omitempty"`
-	Landlock      int    `json:"landlock"` // the kernel's version of it; 0: none
+	Files int `json:"files"`
+	// Copies are the names that the files that come along after those get in RunDir.
+	Copies        []string `json:"copies,omitempty"`
+	FileBytes     uint64   `json:"file_bytes"` // of a file, at most
+	DieWithParent bool     `json:"die_with_parent,omitempty"`
+	Landlock      int      `json:"landlock"` // the kernel's version of it; 0: none
 }
 
 // answer says how a setup or a job went.

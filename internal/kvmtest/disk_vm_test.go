@@ -27,7 +27,7 @@ const diskSize = "6G"
 // tools are the host's programs that tests in the outer guest start.
 func tools() []string {
 	return []string{
-		"qemu-system-x86_64", "mkfs.ext4", "ip", "sh", "cp", "cat", "ls", "rm", "sleep", "true", "grep", "head",
+		"qemu-system-x86_64", "mkfs.ext4", "ip", "nsenter", "sh", "cp", "cat", "ls", "rm", "sleep", "true", "grep", "head",
 	}
 }
 

@@ -117,7 +117,7 @@ func (s suite) plan(t *testing.T, program string) plan {
 		Nonce: nonce(t), Program: filepath.Join("/tests", filepath.Base(program)), Dir: filepath.Join(repository, s.pkg),
 		Tests: s.short, Parts: s.shortParts, Env: s.env(), Seconds: cmp.Or(s.seconds, 900),
 	}
-	if !testing.Short() || s.short == nil {
+	if !testing.Short() {
 		p.Tests, p.Parts = s.all(t, program), ""
 	}
 	if len(p.Tests) == 0 {
@@ -128,9 +128,12 @@ func (s suite) plan(t *testing.T, program string) plan {
 
 // env is the environment of a suite's tests.
 func (s suite) env() []string {
-	env := []string{"TINE_TEST_ENGINE=" + s.engine, benchRounds + "=" + os.Getenv(benchRounds)}
+	env := []string{"TINE_TEST_ENGINE=" + s.engine}
 	for name, path := range s.monitors() {
 		env = append(env, name+"="+path, "TINE_"+name+"="+path) // for tests, and for tine
+	}
+	if rounds := os.Getenv(benchRounds); rounds != "" {
+		env = append(env, benchRounds+"="+rounds)
 	}
 	return env
 }

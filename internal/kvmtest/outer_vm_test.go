@@ -28,7 +28,7 @@ const outerTime = 20 * time.Minute
 // modules are those that the outer guest needs beside what every guest has: KVM,
 // and what jail and network of an inner guest are made of.
 func modules() []string {
-	return []string{"kvm_amd", "tun", "nf_tables", "nft_tproxy", "nft_limit", "vhost_vsock", "loop"}
+	return []string{"kvm_amd", "tun", "nf_tables", "nft_tproxy", "nft_limit", "vhost_vsock", "loop", "veth"}
 }
 
 func nonce(t *testing.T) string {

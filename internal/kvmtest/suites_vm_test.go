@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -13,7 +14,7 @@ import (
 type suite struct {
 	engine, pkg string
 	only        []string // the tests; nil: all
-	short       []string // those of the short form; nil: the same
+	short       []string // those of the short form; none: it is left out there
 	shortParts  string   // a regular expression of their parts in the short form
 	seconds     int      // that it may take; 0: the usual
 }
@@ -42,10 +43,10 @@ const (
 func chosen(t *testing.T) (suites []suite, missing []string) {
 	t.Helper()
 	if os.Getenv(benchRounds) != "" {
-		return []suite{{
-			engine: firecracker, pkg: "internal/bench", only: []string{"TestBenchFirecracker", "TestBenchFirecrackerBranches"}, seconds: benchSeconds,
-		}}, nil
+		tests := []string{"TestBenchFirecracker", "TestBenchFirecrackerBranches"}
+		return []suite{{engine: firecracker, pkg: "internal/bench", only: tests, short: tests, seconds: benchSeconds}}, nil
 	}
+	program := []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"}
 	suites = []suite{
 		{
 			engine: qemuKVM, pkg: "internal/vmm/qemu",
@@ -53,20 +54,25 @@ func chosen(t *testing.T) (suites []suite, missing []string) {
 			only: []string{"TestEngine", "TestConsole", "TestDiskInGuest", "TestBranch", "TestNet"}, short: []string{"TestEngine"},
 			shortParts: "(forks-are-independent|adopted-after-detach|branch-of-an-adopted-machine|dead-machine)",
 		},
-		{
-			engine: qemuKVM, pkg: "cmd/tine", only: []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"},
-			short: []string{"TestDailyPath"},
-		},
+		{engine: qemuKVM, pkg: "cmd/tine", only: program},
 		{engine: qemuKVM, pkg: "internal/engines", only: []string{"TestProbeKVM", "TestChooseHere"}, short: []string{"TestChooseHere"}},
 	}
-	if os.Getenv("FIRECRACKER") == "" {
-		return suites, append(missing, "NOT RUN: firecracker: FIRECRACKER is not set")
+	switch {
+	case os.Getenv("FIRECRACKER") == "":
+		missing = append(missing, "NOT RUN: firecracker: FIRECRACKER is not set")
+	case testing.Short():
+		missing = append(missing, "NOT RUN: firecracker: the short form leaves it out")
+	default:
+		suites = append(suites,
+			suite{engine: firecracker, pkg: "internal/vmm/firecracker", seconds: 1500},
+			suite{engine: firecracker, pkg: "cmd/tine", only: program},
+			suite{engine: firecracker, pkg: "internal/engines", only: []string{"TestFirecrackerProbe", "TestFirecrackerProbeTells", "TestChooseHere"}},
+		)
 	}
-	return append(suites,
-		suite{engine: firecracker, pkg: "internal/vmm/firecracker"},
-		suite{engine: firecracker, pkg: "cmd/tine", only: []string{"TestDoctor", "TestDailyPath", "TestBranchDailyPath", "TestDemo"}},
-		suite{engine: firecracker, pkg: "internal/engines", only: []string{"TestFirecrackerProbe", "TestFirecrackerProbeTells", "TestChooseHere"}},
-	), missing
+	if testing.Short() {
+		suites = slices.DeleteFunc(suites, func(s suite) bool { return len(s.short) == 0 })
+	}
+	return suites, missing
 }
 
 // build makes the test programs of the suites' packages, and returns their paths.

@@ -29,6 +29,7 @@ import (
 	"github.com/tinevm/tine/internal/network"
 	"github.com/tinevm/tine/internal/sandbox"
 	"github.com/tinevm/tine/internal/vmm"
+	"github.com/tinevm/tine/internal/vmm/firecracker"
 	"github.com/tinevm/tine/internal/vmtest"
 )
 
@@ -77,7 +78,8 @@ func TestJailed(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
-			if !slices.Contains([]string{"etc", "lib", "lib64", "usr"}, e.Name()) {
+			own := e.Name() == "run" && l.Engine.Name() == firecracker.Name
+			if !own && !slices.Contains([]string{"etc", "lib", "lib64", "usr"}, e.Name()) {
 				t.Errorf("its monitor sees /%s", e.Name())
 			}
 		}
@@ -132,7 +134,7 @@ func TestQuotas(t *testing.T) {
 		t.Error(err)
 	}
 	usage, err := l.Usage(slow)
-	if err != nil || usage.Throttled == 0 || usage.PrivateBytes < 10<<20 || usage.PIDs == 0 {
+	if err != nil || usage.Throttled == 0 || usage.PrivateBytes < 4<<20 || usage.PIDs == 0 {
 		t.Errorf("%+v, %v", usage, err)
 	}
 	if res, err := l.run(within(t, time.Minute), good, guest.ExecSpec{Argv: []string{"echo", "fine"}}); err != nil || string(res.Stdout) != "fine\n" {

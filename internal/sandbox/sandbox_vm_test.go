@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -90,13 +91,15 @@ func (l *lab) close(t *testing.T) {
 	}
 }
 
-// processes are those that have a file in the lab's directory: each machine
-// has its log there.
+// processes are the monitors of the sandboxes that have a directory in the lab's.
 func (l *lab) processes(t *testing.T) []int {
 	t.Helper()
-	pids, err := linux.FindProcesses(func(pid int, _ []string) bool {
-		out, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/1", pid))
-		return err == nil && strings.HasPrefix(out, l.dir+"/")
+	entries, err := os.ReadDir(l.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids, err := linux.FindProcesses(func(_ int, argv []string) bool {
+		return slices.ContainsFunc(entries, func(e os.DirEntry) bool { return slices.Contains(argv, "tine-"+e.Name()) })
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -373,7 +376,7 @@ func TestVMDeaths(t *testing.T) {
 		t.Fatal(err)
 	}
 	if why := l.dead(t, ids[0]); !strings.Contains(why, "killed") {
-		t.Errorf("QEMU was killed, and the reason is %q", why)
+		t.Errorf("the monitor was killed, and the reason is %q", why)
 	}
 	for i, line := range []string{
 		"echo b > /proc/sysrq-trigger", // restarts

@@ -31,10 +31,14 @@ func freezeDisk(t *testing.T, vm vmm.VM, text string) string {
 	if len(files) != 1 {
 		t.Fatalf("files %q", files)
 	}
-	data, err := os.ReadFile(files[0])
+	f, err := os.Open(files[0])
 	try(t, err)
-	if len(data) != minDiskMiB*mib || string(data[4096:4096+len(text)]) != text {
-		t.Errorf("%s has %d bytes, and %q", files[0], len(data), data[4096:4096+len(text)])
+	defer func() { _ = f.Close() }()
+	info, err := f.Stat()
+	try(t, err)
+	got := make([]byte, len(text))
+	if _, err = f.ReadAt(got, 4096); err != nil || info.Size() != minDiskMiB*mib || string(got) != text {
+		t.Errorf("%s has %d bytes, and %q, %v", files[0], info.Size(), got, err)
 	}
 	return files[0]
 }

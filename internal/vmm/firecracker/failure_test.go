@@ -20,7 +20,7 @@ import (
 )
 
 // soon is how long a Firecracker that hangs is given here.
-const soon = time.Second
+const soon = 300 * time.Millisecond
 
 // patience bounds what has a bound of its own.
 func patience(t *testing.T) context.Context {
@@ -86,7 +86,7 @@ func failures(t *testing.T, e *Engine) {
 			if step == "PUT /snapshot/load" {
 				continue
 			}
-			if i%3 != 0 && (e.keeper.Jail != nil || !slices.Contains([]string{"die", "hang", "refuse"}, fault)) {
+			if i != 0 && i != 7 && (e.keeper.Jail != nil || !slices.Contains([]string{"die", "hang", "refuse"}, fault)) {
 				continue // it is the same code for all
 			}
 			t.Run("boot "+fault+" "+step, func(t *testing.T) {
@@ -101,11 +101,11 @@ func failures(t *testing.T, e *Engine) {
 		for _, step := range []string{"GET /version", "PUT /snapshot/load"} {
 			t.Run("restore "+fault+" "+step, func(t *testing.T) {
 				t.Parallel()
-				spec := again(t, spec, "r"+failing(t, fault, step))
-				if vm, err := e.Restore(patience(t), spec); !is(err, want) {
+				fork := again(t, spec, "r"+failing(t, fault, step))
+				if vm, err := e.Restore(patience(t), fork); !is(err, want) {
 					t.Errorf("%v, %v, want %v", vm, err, want)
 				}
-				if running(t, e, spec.ID) {
+				if running(t, e, fork.ID) {
 					t.Error("its Firecracker runs")
 				}
 			})
@@ -161,6 +161,9 @@ func hostileState(t *testing.T, e *Engine) {
 		"link": errdef.ErrInvalid, "pipe": errdef.ErrInvalid, "directory": errdef.ErrInvalid,
 		"garbage": "not HTTP", "flood": "10737418240 bytes",
 	} {
+		if !free && slices.Contains([]string{"refuse", "empty", "garbage", "flood", "directory"}, fault) {
+			continue // it is the same code as without
+		}
 		t.Run(fault, func(t *testing.T) {
 			t.Parallel()
 			ctx := patience(t)
@@ -234,7 +237,7 @@ func freezeFails(t *testing.T, e *Engine) {
 	spec := toBoot(t, "z"+failing(t, "hang", "PUT /snapshot/create"))
 	vm := start(t, e, spec)
 	enough := errors.New("enough")
-	ctx, cancel := context.WithTimeoutCause(t.Context(), soon/2, enough)
+	ctx, cancel := context.WithTimeoutCause(t.Context(), soon, enough)
 	defer cancel()
 	if err := vm.Freeze(ctx, filepath.Join(t.TempDir(), "device")); !errors.Is(err, enough) {
 		t.Errorf("freeze: %v", err)
@@ -398,8 +401,8 @@ func hostileSocket(t *testing.T, e *Engine) {
 	if e.keeper.Jail != nil {
 		t.Skip("in the jail a program can make no traps: see the jail's own tests")
 	}
-	e = like(e)
-	e.answer = soon
+	short := like(e)
+	short.answer = soon
 	for name, put := range map[string]func(path string) error{
 		"nothing":   func(string) error { return nil },
 		"link":      func(path string) error { return os.Symlink("/etc/passwd", path) },
@@ -414,7 +417,7 @@ func hostileSocket(t *testing.T, e *Engine) {
 			try(t, vm.Detach())
 			socket := filepath.Join(handle.Dir, apiSocket)
 			try(t, errors.Join(os.Remove(socket), put(socket)))
-			if _, err := e.Adopt(patience(t), handle); !errors.Is(err, errdef.ErrUnavailable) && !errors.Is(err, errdef.ErrTimeout) {
+			if _, err := short.Adopt(patience(t), handle); !errors.Is(err, errdef.ErrUnavailable) && !errors.Is(err, errdef.ErrTimeout) {
 				t.Errorf("adopt: %v", err)
 			}
 		})
@@ -515,7 +518,9 @@ func TestBadBeginnings(t *testing.T) {
 			})
 		}
 	}
-	t.Run("free", func(t *testing.T) { test(t, func(_ *testing.T, c Config) Config { return c }, "hangs", "dies", "other") })
+	t.Run("free", func(t *testing.T) {
+		test(t, func(_ *testing.T, c Config) Config { return c }, "hangs", "dies", "other")
+	})
 	t.Run("jailed", func(t *testing.T) { test(t, jailed, "hangs", "dies") })
 }
 
@@ -559,7 +564,7 @@ func openFiles(t *testing.T) (files []string) {
 func TestNothingIsHeld(t *testing.T) {
 	modes(t, "1.16.1", func(t *testing.T, e *Engine) {
 		short := like(e)
-		short.answer = soon / 4
+		short.answer = soon
 		good := frozen(t, e, toBoot(t, "t"))
 		begin := func(e *Engine, id string) func(*testing.T) error {
 			return func(t *testing.T) error {

@@ -49,7 +49,7 @@ type loading struct {
 func (e *Engine) newLauncher(spec vmm.Common) *launcher {
 	return &launcher{
 		engine: e, spec: spec, handle: vmm.Handle{Dir: spec.Dir},
-		names:  names{jailed: e.keeper.Jail != nil, dir: spec.Dir, files: map[string]*os.File{}},
+		names:  names{jailed: e.keeper.Jail != nil, dir: spec.Dir, files: map[string]*os.File{}, copies: map[string]*os.File{}},
 		before: map[string]func(context.Context) error{},
 	}
 }
@@ -142,10 +142,15 @@ func (e *Engine) restore(ctx context.Context, spec vmm.RestoreSpec) (_ *machine,
 	}
 	l := e.newLauncher(spec.Common)
 	u.Add(l.names.close)
+	device, err := os.Open(spec.Device)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = device.Close() }() // only read
 	if err = l.memory(ctx, spec.Memory, spec.Fill); err != nil {
 		return nil, err
 	}
-	if err = l.names.add(deviceFile, spec.Device, os.O_RDONLY); err != nil {
+	if err = l.names.copy(deviceFile, spec.Device, device); err != nil {
 		return nil, err
 	}
 	if err = l.frozenDisk(ctx, spec.Disk); err != nil {
@@ -173,7 +178,11 @@ func (l *launcher) load(ctx context.Context, m *machine, resume bool) error {
 	bound := time.AfterFunc(l.engine.answer, func() { cancel(l.engine.late()) })
 	defer bound.Stop()
 	l.there.Store(&loading{m, bound})
-	return m.client.LoadSnapshot(ctx, api.Load{State: deviceFile, Mem: memoryFile, Resume: resume})
+	err := m.client.LoadSnapshot(ctx, api.Load{State: deviceFile, Mem: memoryFile, Resume: resume})
+	if err == nil && l.names.jailed {
+		err = m.place.Remove(deviceFile) // it is memory
+	}
+	return err
 }
 
 // memory gives the machine the image at path, copied on write, and completed by
@@ -243,7 +252,7 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	}
 	p, err := l.engine.keeper.Start(ctx, process.Launch{
 		Handle: l.handle, Binary: l.engine.binary, Args: l.args(), Cell: l.cell, WorkDir: l.spec.Dir,
-		Output: console.file, Files: l.files, Opens: l.names.files, Before: l.before,
+		Output: console.file, Files: l.files, Opens: l.names.files, Copies: l.names.copies, Before: l.before,
 		FileBytes: l.fresh + fileSlack, Limits: l.spec.Limits, DieWithParent: l.spec.DieWithParent,
 	})
 	if err != nil {
@@ -251,8 +260,8 @@ func (l *launcher) launch(ctx context.Context) (_ *machine, err error) {
 	}
 	u.Release() // what comes now is the machine's
 	m := &machine{engine: l.engine, handle: p.Handle(), started: p, names: l.names, console: console, ready: make(chan struct{})}
-	m.Process = p.Watch(m.hooks()) //nolint:contextcheck // for as long as it lives
-	l.names = names{}              // they are the machine's
+	m.Process = p.Watch(m.hooks())          //nolint:contextcheck // for as long as it lives
+	l.names = names{jailed: l.names.jailed} // the rest is the machine's
 	if m.place, err = openPlace(m.handle); err == nil {
 		err = m.connect(ctx)
 	}

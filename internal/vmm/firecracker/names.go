@@ -40,6 +40,7 @@ type names struct {
 	jailed bool
 	dir    string // where links go
 	files  map[string]*os.File
+	copies map[string]*os.File // somebody else's to close
 }
 
 // add makes path what Firecracker knows by name. In the jail it can do with the
@@ -57,6 +58,17 @@ func (n *names) add(name, path string, flags int) error {
 		return err
 	}
 	n.files[name] = f
+	return nil
+}
+
+// copy is add for a small file, f, of which a jailed Firecracker gets a copy in its
+// own directory: versions before 1.14 look for device state by its name (stat(2))
+// before they open it, which nobody does for them.
+func (n *names) copy(name, path string, f *os.File) error {
+	if !n.jailed {
+		return n.add(name, path, os.O_RDONLY)
+	}
+	n.copies[name] = f
 	return nil
 }
 

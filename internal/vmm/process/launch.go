@@ -34,6 +34,8 @@ type Launch struct {
 	// Opens are the files that a process in the jail opens by name, until Settled
 	// or its end. They are the caller's to close, and open until then.
 	Opens map[string]*os.File
+	// Copies are given to a process in the jail as files of its own; see jail.Job.
+	Copies map[string]*os.File
 	// Before are called in the jail before the file of that name is handed over, once;
 	// see jail.Job.
 	Before map[string]func(context.Context) error
@@ -129,7 +131,7 @@ func (s *Started) Watch(hooks Hooks) *Process {
 func (k *Keeper) start(ctx context.Context, l Launch) (child, error) {
 	if k.Jail != nil {
 		p, err := l.Cell.Start(ctx, jail.Job{
-			Args: l.Args, Env: Environment(), Output: l.Output, Files: l.Files, Opens: l.Opens, Before: l.Before,
+			Args: l.Args, Env: Environment(), Output: l.Output, Files: l.Files, Opens: l.Opens, Before: l.Before, Copies: l.Copies,
 			Limits: groupLimits(l.Limits), FileBytes: l.FileBytes, DieWithParent: l.DieWithParent,
 		})
 		if err != nil {

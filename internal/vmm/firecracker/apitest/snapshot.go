@@ -216,6 +216,11 @@ func (m *machine) readState(path string) (state, error) {
 	if err != nil {
 		return state{}, faultf("Failed to open snapshot file: %s", osError(err))
 	}
+	if !known(m.s.version, []string{"1.14.0"}) {
+		if _, err := os.Stat(path); err != nil { // by its name, whoever opened it
+			return state{}, faultf("Failed to read snapshot file metadata: %s", osError(err))
+		}
+	}
 	const load = "Failed to load snapshot state from file: "
 	if len(data) < 8 { // the checksum's size
 		if known(m.s.version, []string{"1.14.0"}) {
