@@ -9,8 +9,9 @@ GENERATE      := $(GO) tool -modfile=tools/go.mod oapi-codegen
 
 # The race detector needs a C compiler, which a fresh machine may not have.
 RACE           = $(if $(filter 1,$(shell $(GO) env CGO_ENABLED)),-race)
-# Packages with tests that boot machines: those with a file NAME_vm_test.go.
-VM_PACKAGES    = $(filter-out ./internal/kvmtest/,$(sort $(dir $(shell find ./internal ./client ./cmd -name '*_vm_test.go'))))
+# Packages with tests that boot machines here: those with a file NAME_vm_test.go.
+# Those of Firecracker need KVM, and run in test-kvm.
+VM_PACKAGES    = $(filter-out ./internal/kvmtest/ ./internal/vmm/firecracker/,$(sort $(dir $(shell find ./internal ./client ./cmd -name '*_vm_test.go'))))
 
 .DEFAULT_GOAL := help
 

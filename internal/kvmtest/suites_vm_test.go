@@ -52,7 +52,7 @@ func chosen(t *testing.T) (suites []suite, missing []string) {
 			engine: qemuKVM, pkg: "internal/vmm/qemu",
 			// Not TestDisk: in its many branches the guest has once stopped to answer.
 			only: []string{"TestEngine", "TestConsole", "TestDiskInGuest", "TestBranch", "TestNet"}, short: []string{"TestEngine"},
-			shortParts: "(forks-are-independent|adopted-after-detach|branch-of-an-adopted-machine|dead-machine)",
+			shortParts: "(forks-are-independent|branch-of-an-adopted-machine)",
 		},
 		{engine: qemuKVM, pkg: "cmd/tine", only: program},
 		{engine: qemuKVM, pkg: "internal/engines", only: []string{"TestProbeKVM", "TestChooseHere"}, short: []string{"TestChooseHere"}},
