@@ -211,7 +211,7 @@ func TestNextHostNeedNotWait(t *testing.T) {
 	}
 	line.cut()
 	m.write("go", "", 0o644)
-	eventually(t, "the agent to wait", func() bool { return goroutines("agent.(*epoch).WriteFrame") == 3 })
+	eventually(t, "the agent to wait", func() bool { return goroutines("agent.(*epoch).WriteFrame") >= 3 })
 	line.refuses.Store(false)
 	next, _ := line.client(t)
 	if _, err := next.Ping(within(t)); err != nil {
@@ -231,11 +231,14 @@ func TestNextHostNeedNotWait(t *testing.T) {
 // does not read it.
 func flood(t *testing.T, c *guest.Client) *guest.Process {
 	t.Helper()
-	p, err := c.Exec(within(t), sh("while [ ! -e go ]; do sleep 0.01; done; head -c 8388608 /dev/zero; : > finished"))
+	p, err := c.Exec(within(t), sh("echo begun; while [ ! -e go ]; do sleep 0.01; done; head -c 8388608 /dev/zero; : > finished"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = p.Close() })
+	if _, err = p.Next(within(t)); err != nil { // it runs, before anybody cuts the line
+		t.Fatal(err)
+	}
 	return p
 }
 
