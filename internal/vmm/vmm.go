@@ -114,6 +114,18 @@ type Machine struct {
 	ClockShift int `json:"clock_shift,omitempty"`
 }
 
+// The bounds of Machine.DiskMiB, unless it is 0, with any engine. A disk that is
+// smaller is of little use; the L1 table of one that is larger needs more counts
+// than an empty overlay of QEMU's has room for.
+const (
+	MinDiskMiB = 16
+	MaxDiskMiB = 1 << 20
+)
+
+// MaxSocketPath is the longest path a unix socket address holds: sun_path is 108
+// bytes with its terminating zero (unix(7)).
+const MaxSocketPath = 107
+
 // MaxClockShift is the largest Machine.ClockShift.
 const MaxClockShift = 10
 

@@ -18,12 +18,6 @@ import (
 	"github.com/tinevm/tine/internal/linux"
 )
 
-// The size of a scratch disk, in MiB, as for other engines.
-const (
-	minDiskMiB = 16
-	maxDiskMiB = 1 << 20
-)
-
 // disk gives a machine that boots the raw file of its scratch disk.
 func (l *launcher) disk(path string) error {
 	if path == "" && l.spec.Machine.DiskMiB == 0 {

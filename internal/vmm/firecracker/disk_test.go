@@ -37,7 +37,7 @@ func freezeDisk(t *testing.T, vm vmm.VM, text string) string {
 	info, err := f.Stat()
 	try(t, err)
 	got := make([]byte, len(text))
-	if _, err = f.ReadAt(got, 4096); err != nil || info.Size() != minDiskMiB*mib || string(got) != text {
+	if _, err = f.ReadAt(got, 4096); err != nil || info.Size() != vmm.MinDiskMiB*mib || string(got) != text {
 		t.Errorf("%s has %d bytes, and %q, %v", files[0], info.Size(), got, err)
 	}
 	return files[0]

@@ -528,7 +528,7 @@ func TestBadBeginnings(t *testing.T) {
 func TestLongPath(t *testing.T) {
 	t.Parallel()
 	e := fakeEngine(t, "1.16.1")
-	for length, ok := range map[int]bool{maxSocketPath: true, maxSocketPath + 1: false} {
+	for length, ok := range map[int]bool{vmm.MaxSocketPath: true, vmm.MaxSocketPath + 1: false} {
 		spec := toBoot(t, "long")
 		spec.Dir = filepath.Join(spec.Dir, strings.Repeat("x", length-len(filepath.Join(spec.Dir, agentSocket))-1))
 		try(t, os.Mkdir(spec.Dir, 0o700))

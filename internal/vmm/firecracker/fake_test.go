@@ -330,8 +330,8 @@ func toBoot(t *testing.T, id string) vmm.StartSpec {
 // withDisk gives a machine a scratch disk of 16 MiB.
 func withDisk(t *testing.T, spec vmm.StartSpec) vmm.StartSpec {
 	t.Helper()
-	spec.Machine.DiskMiB = minDiskMiB
-	spec.Disk = writeFile(t, filepath.Join(t.TempDir(), "disk"), minDiskMiB*mib)
+	spec.Machine.DiskMiB = vmm.MinDiskMiB
+	spec.Disk = writeFile(t, filepath.Join(t.TempDir(), "disk"), vmm.MinDiskMiB*mib)
 	return spec
 }
 

@@ -244,14 +244,10 @@ func (e *Engine) check(c vmm.Common) error {
 		return fmt.Errorf("%w: memory of %d MiB", errdef.ErrInvalid, m.MemoryMiB)
 	case m.VCPUs < 1 || m.VCPUs > maxVCPUs:
 		return fmt.Errorf("%w: %d vCPUs: 1 to %d are possible", errdef.ErrInvalid, m.VCPUs, maxVCPUs)
-	case m.DiskMiB != 0 && (m.DiskMiB < minDiskMiB || m.DiskMiB > maxDiskMiB):
-		return fmt.Errorf("%w: a disk of %d MiB: %d to %d are possible", errdef.ErrInvalid, m.DiskMiB, minDiskMiB, maxDiskMiB)
-	case e.keeper.Jail == nil && len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
-		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
+	case m.DiskMiB != 0 && (m.DiskMiB < vmm.MinDiskMiB || m.DiskMiB > vmm.MaxDiskMiB):
+		return fmt.Errorf("%w: a disk of %d MiB: %d to %d are possible", errdef.ErrInvalid, m.DiskMiB, vmm.MinDiskMiB, vmm.MaxDiskMiB)
+	case e.keeper.Jail == nil && len(filepath.Join(c.Dir, agentSocket)) > vmm.MaxSocketPath:
+		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, vmm.MaxSocketPath)
 	}
 	return nil
 }
-
-// maxSocketPath is the longest path a unix socket address holds: sun_path is
-// 108 bytes with its terminating zero (unix(7)).
-const maxSocketPath = 107

@@ -290,7 +290,7 @@ func (m *machine) Freeze(ctx context.Context, device string) (err error) {
 	}
 	state, err := m.takeState()
 	if err == nil {
-		err = writeNew(device, state)
+		err = vmm.WriteDevice(device, state)
 	}
 	if err != nil {
 		return fmt.Errorf("freeze: %w", err)
@@ -311,7 +311,7 @@ func (m *machine) SaveDevice(ctx context.Context, device string) error {
 	}
 	state, err := m.save(ctx)
 	if err == nil {
-		err = writeNew(device, state)
+		err = vmm.WriteDevice(device, state)
 	}
 	if err != nil {
 		return fmt.Errorf("save device state: %w", err)

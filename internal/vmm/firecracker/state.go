@@ -1,7 +1,6 @@
 package firecracker
 
 import (
-	"errors"
 	"fmt"
 	"hash/crc64"
 	"io"
@@ -59,17 +58,4 @@ func verifyState(data []byte) error {
 		return fmt.Errorf("%w: the checksum does not fit: no device state of Firecracker's", errdef.ErrInvalid)
 	}
 	return nil
-}
-
-// writeNew makes the file at path, which must not exist; on error there is none.
-func writeNew(path string, data []byte) error {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Close()); err != nil {
-		err = errors.Join(err, os.Remove(path))
-	}
-	return err
 }

@@ -15,7 +15,6 @@ import (
 
 	"github.com/tinevm/tine/internal/errdef"
 	"github.com/tinevm/tine/internal/guestmem"
-	"github.com/tinevm/tine/internal/undo"
 	"github.com/tinevm/tine/internal/vmm"
 	"github.com/tinevm/tine/internal/vmm/process"
 )
@@ -157,7 +156,7 @@ func (m *machine) SaveDevice(ctx context.Context, device string) error {
 	if err != nil {
 		return m.Ended(fmt.Errorf("save device state: %w", err))
 	}
-	if err := writeNew(device, state); err != nil {
+	if err := vmm.WriteDevice(device, state); err != nil {
 		return fmt.Errorf("save device state: %w", err)
 	}
 	return nil
@@ -289,19 +288,6 @@ func (m *machine) monitor(ctx context.Context) (*monitor, error) {
 	}
 	m.control = control
 	return control, nil
-}
-
-// writeNew makes the file at path, which must not exist; on error there is none.
-func writeNew(path string, data []byte) (err error) {
-	var u undo.Stack
-	defer func() { err = u.Run(err) }()
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	u.Add(func() error { return os.Remove(path) })
-	_, err = f.Write(data)
-	return errors.Join(err, f.Close())
 }
 
 func removeIfExists(path string) error {

@@ -35,13 +35,7 @@ const (
 	l1Table       = 3 * clusterSize
 )
 
-// What disks there are. One that is smaller is of little use; the L1 table of one
-// that is larger needs more counts than an empty overlay has room for.
-const (
-	minDiskMiB  = 16
-	maxDiskMiB  = 1 << 20
-	bytesPerMiB = 1 << 20
-)
+const bytesPerMiB = 1 << 20
 
 // createOverlay makes the empty overlay of a disk of size bytes.
 func createOverlay(path string, size int64) (err error) {

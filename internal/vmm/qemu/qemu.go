@@ -251,10 +251,6 @@ func (e *Engine) cmdline() string {
 // there is none.
 const diskOption = "tine.disk=/dev/vda"
 
-// maxSocketPath is the longest path a unix socket address holds: sun_path is
-// 108 bytes with its terminating zero (unix(7)).
-const maxSocketPath = 107
-
 func (e *Engine) check(c vmm.Common) error {
 	if err := e.checkDeterministic(c.Machine); err != nil {
 		return err
@@ -264,10 +260,10 @@ func (e *Engine) check(c vmm.Common) error {
 		return fmt.Errorf("%w: memory of %d MiB", errdef.ErrInvalid, c.Machine.MemoryMiB)
 	case c.Machine.VCPUs < 1 || c.Machine.VCPUs > 16:
 		return fmt.Errorf("%w: %d vCPUs", errdef.ErrInvalid, c.Machine.VCPUs)
-	case c.Machine.DiskMiB != 0 && (c.Machine.DiskMiB < minDiskMiB || c.Machine.DiskMiB > maxDiskMiB):
-		return fmt.Errorf("%w: a disk of %d MiB: %d to %d are possible", errdef.ErrInvalid, c.Machine.DiskMiB, minDiskMiB, maxDiskMiB)
-	case len(filepath.Join(c.Dir, agentSocket)) > maxSocketPath:
-		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, maxSocketPath)
+	case c.Machine.DiskMiB != 0 && (c.Machine.DiskMiB < vmm.MinDiskMiB || c.Machine.DiskMiB > vmm.MaxDiskMiB):
+		return fmt.Errorf("%w: a disk of %d MiB: %d to %d are possible", errdef.ErrInvalid, c.Machine.DiskMiB, vmm.MinDiskMiB, vmm.MaxDiskMiB)
+	case len(filepath.Join(c.Dir, agentSocket)) > vmm.MaxSocketPath:
+		return fmt.Errorf("%w: socket path in %s is longer than %d bytes", errdef.ErrInvalid, c.Dir, vmm.MaxSocketPath)
 	}
 	return errors.Join(checkPath(c.Dir), checkPath(c.Root))
 }
